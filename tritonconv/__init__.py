@@ -1,0 +1,1 @@
+"""GPU kernels for PyTorch, generated from the mathematics you write."""

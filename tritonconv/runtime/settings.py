@@ -1,0 +1,171 @@
+"""The settings of the library: one table of Python name, environment variable and meaning.
+
+A setting is read from its environment variable when first used, unless Python code has assigned it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from .errors import bad_value
+
+
+def _flag(text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("", "0", "false", "no", "off"):
+        return False
+    raise ValueError("1 or 0")
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(" | ".join(allowed))
+        return text
+
+    return parse
+
+
+def _paths(text: str) -> tuple[Path, ...]:
+    return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the settings table."""
+
+    name: str
+    env: str
+    meaning: str
+    default: Any
+    parse: Callable[[str], Any]
+
+
+TABLE: tuple[Setting, ...] = (
+    Setting(
+        "backend",
+        "TRITONCONV_BACKEND",
+        "auto (Triton for GPU tensors and under TRITON_INTERPRET=1, PyTorch otherwise), triton, torch",
+        "auto",
+        _choice("auto", "triton", "torch"),
+    ),
+    Setting(
+        "autotune",
+        "TRITONCONV_AUTOTUNE",
+        "lookup (use tuned tables), tune (tune a problem when it is first met), off (defaults only)",
+        "lookup",
+        _choice("lookup", "tune", "off"),
+    ),
+    Setting(
+        "cache_dir",
+        "TRITONCONV_CACHE_DIR",
+        "writable directory for generated modules and tuned entries",
+        Path(platformdirs.user_cache_dir("tritonconv")),
+        lambda text: Path(text).expanduser(),
+    ),
+    Setting(
+        "cache_path",
+        "TRITONCONV_CACHE_PATH",
+        "further read-only directories of tuned entries, separated like PATH",
+        (),
+        _paths,
+    ),
+    Setting(
+        "deterministic",
+        "TRITONCONV_DETERMINISTIC",
+        "never measure, whatever TRITONCONV_AUTOTUNE says; tuned tables and defaults only",
+        False,
+        _flag,
+    ),
+    Setting(
+        "device_name",
+        "TRITONCONV_DEVICE_NAME",
+        "look tuned entries up under this device name instead of the GPU's own",
+        None,
+        lambda text: text or None,
+    ),
+    Setting(
+        "report_misses",
+        "TRITONCONV_REPORT_MISSES",
+        "say once at exit on stderr how many problems ran untuned",
+        True,
+        _flag,
+    ),
+    Setting(
+        "fast_launch",
+        "TRITONCONV_FAST_LAUNCH",
+        "launch compiled kernels directly instead of through Triton's Python dispatcher",
+        True,
+        _flag,
+    ),
+)
+
+
+class Settings:
+    """Attribute access to :data:`TABLE`; assignments win over environment variables.
+
+    Example:
+        >>> import tritonconv as tc
+        >>> tc.settings.autotune
+        'lookup'
+        >>> with tc.settings.override(autotune="off"):
+        ...     tc.settings.autotune
+        'off'
+    """
+
+    def __init__(self) -> None:
+        self.__dict__["_rows"] = {row.name: row for row in TABLE}
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only while the value is not in __dict__: later reads are plain attribute reads.
+        row = self.__dict__["_rows"].get(name)
+        if row is None:
+            raise AttributeError(f"no setting {name!r}; there are {', '.join(self._rows)}")
+        text = os.environ.get(row.env)
+        value = row.default
+        if text is not None:
+            try:
+                value = row.parse(text)
+            except ValueError as error:
+                raise bad_value(f"environment variable {row.env}", str(error), repr(text)) from None
+        self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        row = self._rows.get(name)
+        if row is None:
+            raise AttributeError(f"no setting {name!r}; there are {', '.join(self._rows)}")
+        if isinstance(value, str):
+            try:
+                value = row.parse(value)
+            except ValueError as error:
+                raise bad_value(f"settings.{name}", str(error), repr(value)) from None
+        self.__dict__[name] = value
+
+    def reset(self, *names: str) -> None:
+        """Forget assigned and remembered values, so that the environment is read again."""
+        for name in names or tuple(self._rows):
+            self.__dict__.pop(name, None)
+
+    @contextmanager
+    def override(self, **values: Any) -> Iterator[None]:
+        """Assign settings inside a ``with`` block and restore them after it."""
+        before = {name: getattr(self, name) for name in values}
+        try:
+            for name, value in values.items():
+                setattr(self, name, value)
+            yield
+        finally:
+            self.__dict__.update(before)
+
+
+settings = Settings()
