@@ -1,0 +1,62 @@
+"""The one module that knows versions of Triton and PyTorch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import triton
+
+TRITON_VERSION: tuple[int, int] = tuple(  # type: ignore[assignment]  # two groups, always
+    int(part)
+    for part in re.match(r"(\d+)\.(\d+)", triton.__version__).groups()  # type: ignore[union-attr]
+)
+
+# The direct launch below was checked on a GPU with these releases only; every other one goes
+# through Triton's own dispatcher, which is slower on the host and always right.
+DIRECT_LAUNCH_VERSIONS = frozenset({(3, 6)})
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run through the interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def direct_launcher(compiled: Any) -> Callable[..., None] | None:
+    """A function ``(grid_x, grid_y, grid_z, stream, arguments)`` that launches a compiled kernel.
+
+    ``arguments`` holds every parameter of the kernel in order, constexprs included, with device
+    pointers as integers. Returns None where this release of Triton has no verified direct launch,
+    or the kernel needs scratch memory, which only the regular path allocates.
+    """
+    if TRITON_VERSION not in DIRECT_LAUNCH_VERSIONS:
+        return None
+    run = compiled.run
+    if getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1):
+        return None
+    launch = run.launch
+    function = compiled.function
+    metadata = compiled.packed_metadata
+    cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
+
+    def call(grid_x: int, grid_y: int, grid_z: int, stream: int, arguments: list[Any]) -> None:
+        launch(
+            grid_x,
+            grid_y,
+            grid_z,
+            stream,
+            function,
+            cooperative,
+            pdl,
+            None,
+            None,
+            metadata,
+            None,
+            None,
+            None,
+            *arguments,
+        )
+
+    return call

@@ -1,0 +1,112 @@
+"""Run a :class:`~tritonconv.runtime.plan.LaunchPlan`: the regular path and the fast one.
+
+Triton's dispatcher binds, specialises and hashes every argument at every call. Within one problem
+all integers are fixed and only pointers change, so after the first call an :class:`Executable`
+launches the compiled kernel directly, with a pointer list patched into a prepared argument list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .compat import direct_launcher, interpreting
+from .plan import KernelCall, LaunchPlan, Slot
+from .settings import settings
+
+_ALIGNMENT_MASK = 15  # Triton specialises on 16-byte alignment of pointers
+
+
+class _BoundCall:
+    """One kernel call with slot names resolved to positions in the executable's tensor list."""
+
+    def __init__(self, call: KernelCall, position: dict[str, int]) -> None:
+        self.kernel = call.kernel
+        self.grid = call.grid
+        self.options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
+        self.constexprs = dict(call.constexprs)
+        self.template: list[Any] = []
+        self.scalar_slots: list[tuple[int, int]] = []
+        self.tuple_slots: list[tuple[int, tuple[int, ...]]] = []
+        for index, arg in enumerate(call.args):
+            if isinstance(arg, Slot):
+                self.scalar_slots.append((index, position[arg.name]))
+                self.template.append(None)
+            elif isinstance(arg, tuple) and any(isinstance(item, Slot) for item in arg):
+                names = [item.name for item in arg if isinstance(item, Slot)]
+                self.tuple_slots.append((index, tuple(position[name] for name in names)))
+                self.template.append(None)
+            else:
+                self.template.append(arg)
+        # The compiled kernel takes every parameter, constexprs included, in declaration order.
+        order = list(self.kernel.arg_names)[len(self.template) :]
+        self.tail = [self.constexprs[name] for name in order]
+        self.direct: Callable[..., None] | None = None
+
+    def arguments(self, values: list[Any]) -> list[Any]:
+        args = self.template.copy()
+        for index, slot in self.scalar_slots:
+            args[index] = values[slot]
+        for index, slots in self.tuple_slots:
+            args[index] = tuple(values[slot] for slot in slots)
+        return args
+
+    def dispatch(self, tensors: list[torch.Tensor]) -> Any:
+        args = self.arguments(tensors)
+        return self.kernel[self.grid](*args, **self.constexprs, **self.options)
+
+
+class Executable:
+    """A plan ready to run on one device; call it with the tensors in the order of ``slots``."""
+
+    def __init__(self, plan: LaunchPlan, slots: tuple[str, ...]) -> None:
+        self.plan = plan
+        self.slots = slots
+        self.workspaces = plan.workspaces
+        names = slots + tuple(space.name for space in plan.workspaces)
+        position = {name: index for index, name in enumerate(names)}
+        self.zeroed = tuple(position[name] for name in plan.zeroed)
+        self.calls = [_BoundCall(call, position) for call in plan.calls if 0 not in call.grid]
+        self.ready = False
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        held = list(tensors)
+        device = held[0].device
+        for space in self.workspaces:
+            held.append(torch.empty(space.shape, dtype=space.dtype, device=device))
+        for index in self.zeroed:
+            held[index].zero_()
+        if self.ready:
+            pointers = [tensor.data_ptr() for tensor in held]
+            merged = 0
+            for pointer in pointers:
+                merged |= pointer
+            index = device.index
+            if not merged & _ALIGNMENT_MASK and index == torch._C._cuda_getDevice():
+                stream = torch._C._cuda_getCurrentRawStream(index)
+                for call in self.calls:
+                    grid = call.grid
+                    args = call.arguments(pointers)
+                    args += call.tail
+                    call.direct(grid[0], grid[1], grid[2], stream, args)  # type: ignore[misc]
+                return
+        self._dispatch(held, device)
+
+    def _dispatch(self, held: list[torch.Tensor], device: torch.device) -> None:
+        if device.type != "cuda":
+            for call in self.calls:
+                call.dispatch(held)
+            return
+        with torch.cuda.device(device):
+            compiled = [call.dispatch(held) for call in self.calls]
+        if self.ready or interpreting() or not settings.fast_launch:
+            return
+        if any(tensor.data_ptr() & _ALIGNMENT_MASK for tensor in held):
+            return
+        launchers = [direct_launcher(kernel) for kernel in compiled]
+        if all(launcher is not None for launcher in launchers):
+            for call, launcher in zip(self.calls, launchers, strict=True):
+                call.direct = launcher
+            self.ready = True

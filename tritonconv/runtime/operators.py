@@ -1,0 +1,190 @@
+"""What a kernel family offers to dispatch and to the tuner: operators, algorithms, configs.
+
+An *operator* (``conv2d.forward``) has *problems* (frozen descriptions of one call) and several
+*algorithms*, each with a space of *configs*. The tuner, the command line and the tests work on
+these three interfaces alone and know no family; a family registers its operators at import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+
+from .device import DeviceFacts
+from .errors import bad_value
+from .launch import Executable
+from .plan import LaunchPlan
+
+Field = str | int | bool
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """A frozen, hashable description of one call."""
+
+    @property
+    def operator(self) -> str:
+        """Name of the operator, such as ``conv2d.forward``."""
+        ...
+
+    def fields(self) -> Mapping[str, Field]:
+        """What the tuned table is keyed by: strings are compared, integers have a distance."""
+        ...
+
+    def flops(self) -> int:
+        """Floating-point operations of the call."""
+        ...
+
+    def bytes_moved(self) -> int:
+        """Compulsory traffic: every input read once, every output written once."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Base of an algorithm's configuration: a frozen dataclass of integers."""
+
+    def as_dict(self) -> dict[str, int]:
+        """The fields as JSON-ready integers."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Rebuild a config from JSON; unknown, missing and non-integer fields are refused."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names or any(type(value) is not int for value in values.values()):
+            raise bad_value("config", f"integers {sorted(names)}", dict(values))
+        return cls(**values)
+
+
+class Algorithm(ABC):
+    """One way to compute an operator. Adding an algorithm is adding one such class in one file."""
+
+    name: ClassVar[str]
+    config_type: ClassVar[type[Config]] = Config
+
+    @abstractmethod
+    def supports(self, problem: Any) -> str | None:
+        """None when the algorithm serves the problem, otherwise the reason why it does not."""
+
+    @abstractmethod
+    def configs(self, problem: Any, device: DeviceFacts) -> Sequence[Config]:
+        """The config space for a problem on a device; the first entry is the untuned default."""
+
+    @abstractmethod
+    def plan(self, problem: Any, config: Any) -> LaunchPlan | None:
+        """The kernels to run, as data; None when the algorithm calls PyTorch instead."""
+
+    def launch(self, problem: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Compute into the problem's output tensors.
+
+        Args:
+            problem: the call.
+            config: one of ``configs``.
+            tensors: inputs and preallocated outputs by slot name.
+        """
+        plan = self.plan(problem, config)
+        assert plan is not None, "algorithms without a plan override launch"
+        Executable(plan, tuple(tensors))(*tensors.values())
+
+    def source_hash(self) -> str:
+        """Hash of the algorithm's source file: a tuned entry of another source is stale."""
+        return _file_hash(inspect.getfile(type(self)))
+
+
+class Operator(ABC):
+    """One tunable operator of a family."""
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def algorithms(self) -> tuple[Algorithm, ...]:
+        """Every algorithm, in the fixed order in which ties are broken."""
+
+    @abstractmethod
+    def parse(self, fields: Mapping[str, Any]) -> Problem:
+        """Build a problem from named values (a suite row, the command line, a tuned entry)."""
+
+    @abstractmethod
+    def make_tensors(
+        self, problem: Any, device: torch.device, generator: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Fresh random inputs and NaN-poisoned outputs by slot name, in slot order."""
+
+    @abstractmethod
+    def outputs(self, problem: Any) -> tuple[str, ...]:
+        """Slots that a launch writes."""
+
+    @abstractmethod
+    def reference(
+        self, problem: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """Plain PyTorch outputs computed in ``dtype`` from the problem's inputs."""
+
+    @abstractmethod
+    def default_algorithm(self, problem: Any, device: DeviceFacts) -> Algorithm:
+        """What an untuned call runs."""
+
+    def candidates(self, problem: Any) -> tuple[Algorithm, ...]:
+        """Algorithms that serve the problem."""
+        return tuple(a for a in self.algorithms if a.supports(problem) is None)
+
+    def algorithm(self, name: str) -> Algorithm:
+        """The algorithm of that name.
+
+        Raises:
+            ArgumentValueError: there is none.
+        """
+        for algorithm in self.algorithms:
+            if algorithm.name == name:
+                return algorithm
+        raise bad_value("algorithm", " | ".join(a.name for a in self.algorithms), repr(name))
+
+    def source_hash(self) -> str:
+        """Hash over the sources of all algorithms."""
+        digest = hashlib.sha256()
+        for algorithm in self.algorithms:
+            digest.update(algorithm.source_hash().encode())
+        return digest.hexdigest()[:16]
+
+
+def _file_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()[:16]
+
+
+def source_hash_of(paths: Iterable[str]) -> str:
+    """One hash over several source files."""
+    return hashlib.sha256("".join(_file_hash(path) for path in paths).encode()).hexdigest()[:16]
+
+
+_OPERATORS: dict[str, Operator] = {}
+
+
+def register(operator: Operator) -> Operator:
+    """Make an operator known to dispatch, the tuner and the command line."""
+    _OPERATORS[operator.name] = operator
+    return operator
+
+
+def operator_names() -> tuple[str, ...]:
+    """Names of all registered operators."""
+    return tuple(_OPERATORS)
+
+
+def get_operator(name: str) -> Operator:
+    """The operator of that name.
+
+    Raises:
+        ArgumentValueError: there is none.
+    """
+    if name not in _OPERATORS:
+        raise bad_value("operator", " | ".join(_OPERATORS), repr(name))
+    return _OPERATORS[name]

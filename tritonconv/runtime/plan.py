@@ -1,0 +1,66 @@
+"""Launch plans: what an algorithm would run for a problem, as data.
+
+A plan is a pure function of (problem, config). It names its tensors by slot and holds none, so the
+same plan is launched on a GPU, run through the interpreter and compiled ahead of time for a GPU
+that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Names a tensor in the arguments of a :class:`KernelCall`."""
+
+    name: str
+
+
+Scalar = int | float
+Arg = Slot | Scalar | tuple["Slot | Scalar", ...]
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """One kernel launch: its run-time arguments in the order of the kernel's parameters."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple[Arg, ...]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def slots(self) -> tuple[str, ...]:
+        """Names of the tensors the kernel reads or writes, in order, repeats included."""
+        names: list[str] = []
+        for arg in self.args:
+            for item in arg if isinstance(arg, tuple) else (arg,):
+                if isinstance(item, Slot):
+                    names.append(item.name)
+        return tuple(names)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A temporary tensor that the executor allocates for one run of the plan."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """The kernel calls of one run, their temporaries, and the dtype of every slot."""
+
+    calls: tuple[KernelCall, ...]
+    dtypes: Mapping[str, torch.dtype]
+    workspaces: tuple[Workspace, ...] = field(default=())
+    zeroed: tuple[str, ...] = ()
+    """Slots that are filled with zeros first, because the kernels do not write every element."""
