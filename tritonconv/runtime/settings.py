@@ -6,7 +6,7 @@ A setting is read from its environment variable when first used, unless Python c
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +124,7 @@ class Settings:
 
     def __init__(self) -> None:
         self.__dict__["_rows"] = {row.name: row for row in TABLE}
+        self.__dict__["_watchers"] = []
 
     def __getattr__(self, name: str) -> Any:
         # Reached only while the value is not in __dict__: later reads are plain attribute reads.
@@ -150,11 +151,23 @@ class Settings:
             except ValueError as error:
                 raise bad_value(f"settings.{name}", str(error), repr(value)) from None
         self.__dict__[name] = value
+        self._notify((name,))
+
+    def watch(self, names: tuple[str, ...], callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever one of the named settings may have changed."""
+        self._watchers.append((frozenset(names), callback))
+
+    def _notify(self, names: Iterable[str]) -> None:
+        for watched, callback in self._watchers:
+            if not watched.isdisjoint(names):
+                callback()
 
     def reset(self, *names: str) -> None:
         """Forget assigned and remembered values, so that the environment is read again."""
-        for name in names or tuple(self._rows):
+        names = names or tuple(self._rows)
+        for name in names:
             self.__dict__.pop(name, None)
+        self._notify(names)
 
     @contextmanager
     def override(self, **values: Any) -> Iterator[None]:
@@ -166,6 +179,7 @@ class Settings:
             yield
         finally:
             self.__dict__.update(before)
+            self._notify(before)
 
 
 settings = Settings()

@@ -22,6 +22,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -430,11 +431,72 @@ def _tune_now(operator: Operator, problem: Problem, device: DeviceFacts) -> None
     from importlib import import_module
 
     import_module("tritonconv.autotune.tune").tune_on_the_spot(operator, problem, device)
-    tuned_table(device).forget(operator.name)
+    invalidate(operator.name)
+
+
+_epoch = 0
+_recordings: list[list[tuple[Operator, Problem]]] = []
+
+
+def epoch() -> int:
+    """Changes whenever an earlier :func:`choose` may no longer hold; what dispatch caches by."""
+    return _epoch
+
+
+def invalidate(operator: str | None = None) -> None:
+    """Read tuned entries again at the next lookup, and make dispatch look up again.
+
+    Args:
+        operator: the operator whose entries have changed; all of them when None.
+    """
+    global _epoch
+    for table in _LIVE:
+        table.forget(operator)
+    _epoch += 1
+
+
+def _settings_changed() -> None:
+    global _epoch
+    _epoch += 1
+
+
+settings.watch(
+    ("autotune", "cache_dir", "cache_path", "deterministic", "device_name"), _settings_changed
+)
+
+
+def note(operator: Operator, problem: Problem) -> None:
+    """Tell the active recordings of a call; dispatch does so where it does not :func:`choose`."""
+    for recording_ in _recordings:
+        recording_.append((operator, problem))
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[Operator, Problem]]]:
+    """Collect the problems met inside a ``with`` block, in order, repeats possible.
+
+    Dispatch caches are invalidated at the start, so that problems met before are met again.
+    """
+    global _epoch
+    met: list[tuple[Operator, Problem]] = []
+    _recordings.append(met)
+    _epoch += 1
+    try:
+        yield met
+    finally:
+        # By identity: two recordings of the same problems compare equal.
+        _recordings[:] = [other for other in _recordings if other is not met]
+
+
+def is_recording() -> bool:
+    """Whether a :func:`recording` block is active."""
+    return bool(_recordings)
 
 
 def choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice:
     """Lookup at a call, tuning first when ``settings.autotune == "tune"`` allows it."""
+    if _recordings:
+        note(operator, problem)
     table = tuned_table(device)
     choice = table.lookup(operator, problem)
     if (
@@ -484,9 +546,14 @@ __all__ = [
     "digest",
     "entry_path",
     "environment",
+    "epoch",
+    "invalidate",
+    "is_recording",
     "missed_problems",
+    "note",
     "problem_key",
     "read_entry",
+    "recording",
     "tuned_table",
     "user_directory",
 ]
