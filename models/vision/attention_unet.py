@@ -421,9 +421,9 @@ def _initialise(module: nn.Module) -> None:
             nn.init.kaiming_normal_(m.weight, mode="fan_in")
         elif isinstance(m, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(m.weight, 1.0, 0.02)
-        if isinstance(m, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm):
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
+        bias = getattr(m, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            nn.init.zeros_(bias)
     for m in module.modules():
         if isinstance(m, GridAttentionGate) and m.pass_through_start:
             nn.init.zeros_(m.psi.weight)

@@ -27,7 +27,8 @@ def soft_dice_loss(logits: Tensor, target: Tensor, *, smoothing: float = 0.01) -
 
     Args:
         logits: ``(N, C, *size)``, floating; half-precision logits are raised to float32.
-        target: ``(N, *size)``, integer class indices in ``[0, C)``.
+        target: ``(N, *size)``, integer class indices in ``[0, C)``; a pixel with any other value
+            belongs to no class (this is not checked, which would stall the GPU).
         smoothing: the constant ``s``, positive.
 
     Returns:
