@@ -87,7 +87,7 @@ def budget(
     *,
     where: torch.Tensor | None = None,
 ) -> Errors:
-    """Errors that a kernel may make: twice those of ``plain``, plus a floor of a few eps of ``dtype``."""
+    """Errors a kernel may make: twice those of ``plain`` plus a floor of a few eps of ``dtype``."""
     own = error(plain, reference64, where=where)
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     return Errors(

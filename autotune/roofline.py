@@ -1,0 +1,93 @@
+"""The least time a problem can take on a device: the one table of measured ceilings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tritonconv.runtime.device import DeviceFacts
+from tritonconv.runtime.operators import Problem
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates that a device reaches in practice, bytes and floating-point operations per second.
+
+    Attributes:
+        bandwidth: device copy, read plus write.
+        rates: by arithmetic: ``bfloat16``, ``float16``, ``tf32``, ``float32``, ``float64``.
+        measured: by us on such a device; otherwise datasheet figures.
+    """
+
+    bandwidth: float
+    rates: dict[str, float]
+    measured: bool
+
+
+# By a part of the device name; first match wins.
+_CEILINGS: tuple[tuple[str, Ceilings], ...] = (
+    (
+        "H100 80GB HBM3",
+        Ceilings(
+            3.03e12,
+            {
+                "bfloat16": 705e12,
+                "float16": 705e12,
+                "tf32": 356e12,
+                "float32": 51e12,
+                "float64": 34e12,
+            },
+            measured=True,
+        ),
+    ),
+    (
+        "H200",
+        Ceilings(
+            4.8e12,
+            {
+                "bfloat16": 989e12,
+                "float16": 989e12,
+                "tf32": 494e12,
+                "float32": 67e12,
+                "float64": 34e12,
+            },
+            measured=False,
+        ),
+    ),
+    (
+        "A100",
+        Ceilings(
+            1.555e12,
+            {
+                "bfloat16": 312e12,
+                "float16": 312e12,
+                "tf32": 156e12,
+                "float32": 19.5e12,
+                "float64": 9.7e12,
+            },
+            measured=False,
+        ),
+    ),
+)
+
+
+def ceilings(device: DeviceFacts) -> Ceilings | None:
+    """Ceilings of a device; None when its arithmetic rates are not in the table."""
+    return next((row for part, row in _CEILINGS if part in device.name), None)
+
+
+def floor_us(problem: Problem, device: DeviceFacts) -> float | None:
+    """The larger of compulsory traffic over bandwidth and arithmetic over rate, microseconds.
+
+    A problem names its arithmetic by its ``dtype`` and ``precision`` fields.
+    """
+    table = ceilings(device)
+    if table is None:
+        return None
+    fields = problem.fields()
+    arithmetic = str(fields.get("dtype", "float32"))
+    if arithmetic == "float32" and fields.get("precision") == "tf32":
+        arithmetic = "tf32"
+    rate = table.rates.get(arithmetic)
+    if rate is None:
+        return None
+    return max(problem.bytes_moved() / table.bandwidth, problem.flops() / rate) * 1e6
