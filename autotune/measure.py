@@ -153,7 +153,8 @@ def take_turns(
     return [summarize(values) for values in samples]
 
 
-Run = Callable[[Sequence[torch.Tensor]], None]
+TensorSet = tuple[torch.Tensor, ...]
+Run = Callable[[TensorSet], None]
 
 
 def runner(operator: Operator, problem: Problem, candidate: Candidate, slots: Sequence[str]) -> Run:
@@ -203,6 +204,7 @@ class _Prepared:
     """A candidate ready to be timed: a captured graph of ``calls`` calls, or none."""
 
     run: Run
+    sets: list[TensorSet]
     graph: torch.cuda.CUDAGraph | None
     calls: int
     seconds_per_sample: float
@@ -226,14 +228,14 @@ class CudaTimer:
         self.policy = policy
         _warm_up(device.index)
         l2_bytes = device_facts(device).l2_bytes
-        self.sets: list[tuple[torch.Tensor, ...]] = []
+        self.sets: list[TensorSet] = []
         generator = torch.Generator(device)
         generator.manual_seed(seed)
         with torch.cuda.device(device), _plain_mode():
             first = operator.make_tensors(problem, device, generator)
             self.slots = tuple(first)
             self.sets.append(tuple(first.values()))
-            size = max(sum(t.numel() * t.element_size() for t in first.values()), 1)
+            size = max(sum(t.untyped_storage().nbytes() for t in first.values()), 1)
             cold_bytes = _COLD_FACTOR * l2_bytes
             wanted = 1
             if policy is Policy.GRAPH_COLD:
@@ -252,19 +254,20 @@ class CudaTimer:
         with torch.cuda.device(self.device), _plain_mode():
             try:
                 run = runner(self.operator, self.problem, candidate, self.slots)
-                estimate = self._estimate(run)
+                sets = [tuple(_alias(tensor) for tensor in tensors) for tensors in self.sets]
+                estimate = self._estimate(run, sets)
             except Exception as error:
                 require_alive(self.device, candidate, self.problem, error)
                 raise CandidateError(classify(error)) from error
-            by_events = _Prepared(run, None, 1, estimate + self.clear_seconds)
+            by_events = _Prepared(run, sets, None, 1, estimate + self.clear_seconds)
             if self.policy is Policy.EAGER:
                 return by_events
-            clones = calls = len(self.sets)
+            clones = calls = len(sets)
             if not self.clear_before_replay:
                 repeats = math.ceil(_REPLAY_SECONDS / (estimate * clones))
                 calls = clones * max(1, min(repeats, _MAX_CALLS // clones))
             try:
-                graph = self._capture(run, calls)
+                graph = self._capture(run, sets, calls)
                 graph.replay()
                 torch.cuda.synchronize(self.device)
             except Exception as error:
@@ -274,7 +277,7 @@ class CudaTimer:
                     by_events, note=f"timed by events, as graph capture failed: {reason}"
                 )
             clear = self.clear_seconds if self.clear_before_replay else 0.0
-            return _Prepared(run, graph, calls, estimate * calls + clear)
+            return _Prepared(run, sets, graph, calls, estimate * calls + clear)
 
     def sample(self, handle: _Prepared, seconds: float) -> list[float]:
         """Microseconds per call; one value per replay, or per call when timed by events."""
@@ -292,7 +295,7 @@ class CudaTimer:
                 if handle.graph is not None:
                     handle.graph.replay()
                 else:
-                    handle.run(self.sets[index % len(self.sets)])
+                    handle.run(handle.sets[index % len(handle.sets)])
                 end.record()
             torch.cuda.synchronize(self.device)
             return [start.elapsed_time(end) * 1e3 / handle.calls for start, end in events]
@@ -308,32 +311,42 @@ class CudaTimer:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def _estimate(self, run: Run) -> float:
+    def _estimate(self, run: Run, sets: list[TensorSet]) -> float:
         """Seconds of one call, after the calls that compile and bind it."""
-        run(self.sets[0])
-        run(self.sets[0])
+        run(sets[0])
+        run(sets[0])
         torch.cuda.synchronize(self.device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         calls = 3
         start.record()
         for index in range(calls):
-            run(self.sets[index % len(self.sets)])
+            run(sets[index % len(sets)])
         end.record()
         torch.cuda.synchronize(self.device)
-        return max(start.elapsed_time(end) * 1e-3 / calls, 1e-6)
+        seconds: float = start.elapsed_time(end) * 1e-3 / calls
+        return max(seconds, 1e-6)
 
-    def _capture(self, run: Run, calls: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, run: Run, sets: list[TensorSet], calls: int) -> torch.cuda.CUDAGraph:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):  # libraries set up their workspace for the stream
-            run(self.sets[0])
+            run(sets[0])
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         # Other threads of the process (a loader that pins memory) may go on during the capture.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for index in range(calls):
-                run(self.sets[index % len(self.sets)])
+                run(sets[index % len(sets)])
         return graph
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory under another tensor object.
+
+    An algorithm that calls PyTorch may make its output slot the tensor that PyTorch allocated; the
+    next candidate must still find the original.
+    """
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor)  # type: ignore[call-overload, no-any-return]
 
 
 def require_alive(

@@ -34,7 +34,16 @@ from tritonconv.runtime.tables import (
     invalidate,
 )
 
-from .measure import CandidateError, CudaLab, Lab, Policy, Timer, first_round, take_turns
+from .measure import (
+    CandidateError,
+    CudaLab,
+    DeviceLostError,
+    Lab,
+    Policy,
+    Timer,
+    first_round,
+    take_turns,
+)
 from .search import Budget, Effort, Failure, Outcome, Status, schedule, search
 from .space import Candidate, CandidateKey, Space, space
 from .store import Store, elect, trial_key
@@ -80,6 +89,7 @@ class Result(StrEnum):
     TUNED = "tuned"
     KEPT = "kept"
     FAILED = "failed"
+    PENDING = "pending"
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,8 @@ class Report:
     Attributes:
         operator: its name.
         problem: what was tuned.
-        result: ``tuned`` now, ``kept`` because an earlier run had done it, or ``failed`` because no
-            candidate passed: the default stays in use.
+        result: ``tuned`` now, ``kept`` because an earlier run had done it, ``failed`` because no
+            candidate passed (the default stays in use), ``pending`` because the budget was used up.
         entry: what is stored now.
         path: the file.
         space_size: candidates in the space.
@@ -99,6 +109,7 @@ class Report:
         complete: the plan was finished within the budget.
         rejected: candidates that failed, with status and reason.
         wall_s: seconds taken.
+        reason: why the problem as a whole failed.
     """
 
     operator: str
@@ -112,6 +123,7 @@ class Report:
     complete: bool
     rejected: tuple[Trial, ...]
     wall_s: float
+    reason: str = ""
 
     def speedup(self) -> float | None:
         """Time of the default over that of the winner."""
@@ -177,7 +189,8 @@ def tune(
         operator: a registered operator.
         problems: what to tune; repeats are tuned once.
         device: the GPU; the current one when None.
-        budget_s: seconds for all problems together, shared evenly between those still to do.
+        budget_s: seconds for all problems together, shared evenly between those still to do; a
+            problem that is reached in time is finished, those after it stay pending.
         options: effort, policy and the like.
         progress: told of every step.
         store: where entries go; the user's table directory when None.
@@ -226,14 +239,21 @@ def tune_pairs(
             share = None
             if deadline is not None:
                 share = max(deadline - time.monotonic(), 0.0) / (len(todo) - index)
-            report = _Tuning(operator, problem, lab, store, options, progress).run(index, share)
+            tuning = _Tuning(operator, problem, lab, store, options, progress)
+            try:
+                report = tuning.run(index, share)
+            except DeviceLostError:
+                raise
+            except Exception as error:
+                # One problem that cannot be set up (too large for the device) is not all of them.
+                report = tuning.failed(error)
             reports.append(report)
             if report.result is Result.TUNED:
                 invalidate(operator.name)
             progress.end(report)
     except KeyboardInterrupt:
         raise TuningInterrupted(reports) from None
-    except TritonConvError as error:
+    except DeviceLostError as error:
         raise TuningStoppedError(reports, error) from error
     return reports
 
@@ -283,6 +303,8 @@ class _Tuning:
             path = self.store.path(self.env, self.operator.name, old.key())
             return self._report(Result.KEPT, old, path, len(plan), 0, True, (), begin)
 
+        if seconds is not None and seconds <= 0:
+            return self._report(Result.PENDING, old, None, len(plan), 0, False, (), begin)
         self.progress.problem(index, self.problem, len(pending))
         timer = self.lab.timer(self.operator, self.problem, options.policy, options.seed)
         try:
@@ -334,6 +356,24 @@ class _Tuning:
             searched.complete,
             rejected,
             begin,
+        )
+
+    def failed(self, error: Exception) -> Report:
+        """The report of a problem that could not be set up or checked."""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return Report(
+            self.operator.name,
+            self.problem,
+            Result.FAILED,
+            None,
+            None,
+            0,
+            0,
+            0,
+            False,
+            (),
+            0.0,
+            reason,
         )
 
     def _known_trials(self, old: Entry | None) -> dict[CandidateKey, Trial]:
@@ -521,8 +561,9 @@ _attempted: set[str] = set()
 def tune_on_the_spot(operator: Operator, problem: Problem, device: DeviceFacts) -> None:
     """Tune one problem now, because ``settings.autotune`` asks for it; what dispatch calls.
 
-    A problem is tried once per process. Failure is a warning: the call goes on with the default.
-    Ranks of a distributed job would choose differently, so there nothing is measured.
+    A problem is tried once per process. Failure is a warning, and the call goes on with the
+    default, unless the GPU context is lost (:class:`TuningStoppedError`). Ranks of a distributed
+    job would choose differently, so there nothing is measured.
     """
     key = digest([device.as_dict(), operator.name, dict(problem.fields())])
     if key in _attempted:
@@ -535,10 +576,10 @@ def tune_on_the_spot(operator: Operator, problem: Problem, device: DeviceFacts) 
             stacklevel=2,
         )
         return
-    try:
-        tune(operator, [problem], budget_s=_ON_THE_SPOT_SECONDS)
-    except (TuningStoppedError, TritonConvError) as error:
-        warnings.warn(f"tuning {problem} failed, the default is used: {error}", stacklevel=2)
+    (report,) = tune(operator, [problem], budget_s=_ON_THE_SPOT_SECONDS)
+    if report.result is Result.FAILED:
+        reason = report.reason or "no candidate passed"
+        warnings.warn(f"tuning {problem} failed, the default is used: {reason}", stacklevel=2)
 
 
 __all__ = [

@@ -1,0 +1,82 @@
+"""The typer application: its verbs, and what errors become on the command line."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from enum import IntEnum
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..measure import NoDeviceError
+from . import bench, devices, list_, quickstart, show, tune
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every verb."""
+
+    DONE = 0
+    UNEXPECTED = 1
+    USAGE = 2
+    NOTHING_PASSED = 3
+    NO_DEVICE = 6
+    INTERRUPTED = 130
+
+
+class _Group(TyperGroup):
+    """Turns exceptions into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+        except NoDeviceError as error:
+            _say(f"error: {error}")
+            raise typer.Exit(ExitCode.NO_DEVICE) from None
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise
+        except ValueError as error:
+            if not _is_usage(error):
+                return _unexpected(error)
+            _say(f"error: {error}")
+            raise typer.Exit(ExitCode.USAGE) from None
+        except Exception as error:
+            if type(error).__module__.startswith(("typer.", "click.")):
+                raise  # its own usage errors
+            return _unexpected(error)
+
+
+def _is_usage(error: ValueError) -> bool:
+    from tritonconv.runtime.errors import ArgumentValueError
+
+    return isinstance(error, ArgumentValueError)
+
+
+def _unexpected(error: Exception) -> Any:
+    traceback.print_exception(error, file=sys.stderr)
+    raise typer.Exit(ExitCode.UNEXPECTED) from error
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Tune tritonconv's kernels for the GPU you have.",
+    epilog="Results go to stdout, progress to stderr; every verb takes --json.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("devices")(devices.devices)
+app.command("list")(list_.list_)
+app.command("tune")(tune.tune)
+app.command("show")(show.show)
+app.command("bench")(bench.bench)
+app.command("quickstart")(quickstart.quickstart)
