@@ -1,1 +1,31 @@
+"""Scalar functions: Python functions of 0-d tensors, traced, differentiated and emitted as Triton."""
 
+from .errors import (
+    CodegenError,
+    DataDependentControlFlowError,
+    NotScalarError,
+    ScalarArityError,
+    UnsupportedOpError,
+)
+from .lowering import supported_ops
+from .modules import CacheSecurityError
+from .program import Argument, Capture, Load, Output, Role, ScalarFunction
+from .trace import clear_cache, trace
+
+__all__ = [
+    "Argument",
+    "CacheSecurityError",
+    "Capture",
+    "CodegenError",
+    "DataDependentControlFlowError",
+    "Load",
+    "NotScalarError",
+    "Output",
+    "Role",
+    "ScalarArityError",
+    "ScalarFunction",
+    "UnsupportedOpError",
+    "clear_cache",
+    "supported_ops",
+    "trace",
+]

@@ -60,3 +60,11 @@ def direct_launcher(compiled: Any) -> Callable[..., None] | None:
         )
 
     return call
+
+
+def interpreter_tensor(data: Any, like: Any) -> Any:
+    """Wrap a NumPy array as a value of Triton's interpreter, of the dtype and block shape of ``like``."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    return tl.tensor(TensorHandle(data, like.dtype), like.type)
