@@ -1,1 +1,1 @@
-
+"""Tiled convolution: public functions, their problems, operators and algorithms."""

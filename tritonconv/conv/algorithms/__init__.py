@@ -1,1 +1,23 @@
+"""The algorithms of convolution, in the fixed order in which ties are broken."""
 
+from __future__ import annotations
+
+from ...runtime.operators import Algorithm
+from .aten import Aten
+from .dense import Dense
+from .depthwise import Depthwise
+from .few_channel import FewChannel
+from .grouped import Grouped
+from .patchify import Patchify
+from .pointwise import Pointwise
+
+ALGORITHMS: tuple[Algorithm, ...] = (
+    Pointwise(),
+    Patchify(),
+    FewChannel(),
+    Depthwise(),
+    Grouped(),
+    Dense(),
+    Aten(),
+)
+"""Most special first: the first that supports a problem is its untuned default."""

@@ -1,0 +1,93 @@
+"""PyTorch's own kernel as a candidate: a tuned call never loses to it.
+
+An epilogue runs as one generated elementwise kernel behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+
+from ...codegen.elementwise import apply_into
+from ...codegen.program import Role, ScalarFunction
+from ...codegen.registry import program_of
+from ...runtime.device import DeviceFacts
+from ...runtime.operators import Algorithm, Config
+from ...runtime.plan import LaunchPlan
+from .. import pytorch
+from ..problem import ConvProblem, Direction
+from .common import slot_names
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+class Aten(Algorithm):
+    """cuDNN (or whatever PyTorch picks) behind the common interface."""
+
+    name: ClassVar[str] = "aten"
+    config_type = Config
+
+    def supports(self, problem: ConvProblem) -> str | None:
+        """Everything except the emulated float32 that PyTorch does not have."""
+        if problem.precision == "tf32x3":
+            return "PyTorch has no tf32x3"
+        return None
+
+    def configs(self, problem: ConvProblem, device: DeviceFacts) -> Sequence[Config]:
+        """Nothing to choose."""
+        return (Config(),)
+
+    def plan(self, problem: ConvProblem, config: Config) -> LaunchPlan | None:
+        """PyTorch launches its own kernels."""
+        return None
+
+    def compute(
+        self, problem: ConvProblem, tensors: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The product in a tensor of PyTorch's own, without the epilogue."""
+        pads = [(low, _high_pad(problem, axis, low)) for axis, low in enumerate(problem.padding)]
+        first, second, _ = slot_names(problem.direction)
+        geometry = (problem.stride, pads, problem.dilation, problem.groups)
+        a, b = tensors[first], tensors[second]
+        with _tf32(problem.precision != "ieee"):
+            if problem.direction is Direction.FORWARD:
+                return pytorch.forward(a, b, None, *geometry)
+            if problem.direction is Direction.DGRAD:
+                return pytorch.dgrad(a, b, problem.in_size, *geometry)
+            return pytorch.wgrad(a, b, problem.kernel, *geometry)
+
+    def launch(
+        self, problem: ConvProblem, config: Config, tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Compute, and make the output tensor the one that PyTorch allocated: no copy."""
+        result = self.compute(problem, tensors)
+        spec = problem.epilogue
+        output = tensors[slot_names(problem.direction)[2]]
+        if spec is None:
+            output.set_(result.detach())
+            return
+        if spec.save_acc:
+            tensors["acc"].set_(result.detach())
+        elements = [tensors[f"element{i}"] for i in range(len(spec.element_dtypes))]
+        captures = [tensors[f"capture{i}"] for i in range(len(spec.capture_dtypes))]
+        function = ScalarFunction(program_of(spec.function), ()).with_roles(acc=Role.ELEMENT)
+        apply_into(function.program, output, [result, *elements], captures)
+
+
+def _high_pad(problem: ConvProblem, axis: int, low: int) -> int:
+    """A high pad that gives the output its size: the low one (symmetric) where that does."""
+    hop = problem.stride[axis]
+    extent = problem.dilation[axis] * (problem.kernel[axis] - 1) + 1
+    least = (problem.out_size[axis] - 1) * hop + extent - problem.in_size[axis] - low
+    return min(max(low, least), least + hop - 1)

@@ -1,0 +1,200 @@
+"""What several convolution algorithms share: device functions, tile configs, argument packing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...codegen.program import ScalarFunction
+from ...codegen.registry import program_of
+from ...runtime.compat import interpreting
+from ...runtime.operators import Config
+from ...runtime.plan import Arg, Slot
+from ..problem import ConvProblem, Direction
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class TileConfig(Config):
+    """Tile of an implicit matrix product and how it is executed."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    split_k: int = 1
+
+
+def unsupported_dtype(problem: ConvProblem) -> str | None:
+    """Why generated kernels cannot serve the dtype, or None."""
+    if problem.dtype not in TRITON_DTYPES:
+        return f"dtype {problem.dtype} (generated kernels serve float16, bfloat16, float32)"
+    return None
+
+
+def precision_constexprs(problem: ConvProblem) -> dict[str, Any]:
+    """How products are formed. bfloat16 products are garbage in Triton's interpreter: upcast."""
+    return {
+        "PRECISION": problem.precision,
+        "UPCAST": interpreting() and problem.dtype is torch.bfloat16,
+        "WIDE": problem.wide,
+    }
+
+
+def geometry_constexprs(problem: ConvProblem) -> dict[str, int]:
+    """The filter's geometry, which kernels are specialised on."""
+    names: dict[str, int] = {}
+    for label, values in (
+        ("KERNEL", problem.kernel),
+        ("STRIDE", problem.stride),
+        ("PAD", problem.padding),
+        ("DILATION", problem.dilation),
+    ):
+        names[f"{label}_H"], names[f"{label}_W"] = values
+    return names
+
+
+@dataclass(frozen=True)
+class EpilogueArguments:
+    """The epilogue as kernel arguments: generated function, pointers, strides."""
+
+    function: Any
+    pointers: tuple[Slot, ...]
+    strides: tuple[int, ...]
+    save_acc: bool
+
+
+def epilogue_arguments(problem: ConvProblem) -> EpilogueArguments:
+    """Arguments for the problem's epilogue; empty tuples when it has none."""
+    spec = problem.epilogue
+    if spec is None:
+        return EpilogueArguments(None, (), (), False)
+    pointers = tuple(Slot(f"element{i}") for i in range(len(spec.element_dtypes)))
+    pointers += tuple(Slot(f"capture{i}") for i in range(len(spec.capture_dtypes)))
+    strides = tuple(s for group in spec.element_strides + spec.capture_strides for s in group)
+    program = program_of(spec.function)
+    if problem.wide:
+        program = ScalarFunction(program, ()).with_wide().program
+    return EpilogueArguments(program.jit, pointers, strides, spec.save_acc)
+
+
+def slot_dtypes(problem: ConvProblem) -> dict[str, torch.dtype]:
+    """The dtype of every slot of a problem, in slot order (inputs, outputs, extras)."""
+    first, second, out = slot_names(problem.direction)
+    dtypes = {first: problem.dtype, second: problem.dtype, out: problem.dtype}
+    spec = problem.epilogue
+    if spec is not None:
+        if spec.save_acc:
+            dtypes["acc"] = problem.dtype
+        for index, dtype in enumerate(spec.element_dtypes):
+            dtypes[f"element{index}"] = dtype
+        for index, dtype in enumerate(spec.capture_dtypes):
+            dtypes[f"capture{index}"] = dtype
+    return dtypes
+
+
+def slot_names(direction: Direction) -> tuple[str, str, str]:
+    """The two operands and the result of a product, by slot name."""
+    return {
+        Direction.FORWARD: ("input", "weight", "output"),
+        Direction.DGRAD: ("grad_output", "weight", "grad_input"),
+        Direction.WGRAD: ("grad_output", "input", "grad_weight"),
+    }[direction]
+
+
+def pixel_arguments(problem: ConvProblem) -> tuple[Arg, ...]:
+    """Batch and map sizes, then the strides of input, weight and output."""
+    return (
+        problem.batch,
+        *problem.in_size,
+        *problem.out_size,
+        *problem.x_strides,
+        *problem.w_strides,
+        *problem.y_strides,
+    )
+
+
+@triton.jit
+def matmul_step(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a · b with a float32 accumulator."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tile coordinates in an order that reuses operands in L2: GROUP_M rows at a time."""
+    per_group = GROUP_M * tiles_n
+    first = (pid // per_group) * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    return first + (pid % per_group) % rows, (pid % per_group) // rows
+
+
+@triton.jit
+def store_result(
+    acc,
+    y_ptr,
+    acc_ptr,
+    offsets,
+    batch_index,
+    channel,
+    row,
+    column,
+    mask,
+    extra_ptrs,
+    extra_strides,
+    EPILOGUE: tl.constexpr,
+    SAVE_ACC: tl.constexpr,
+):
+    """Apply the generated epilogue to the accumulator tile and store it."""
+    if EPILOGUE is None:
+        result = acc
+    else:
+        if SAVE_ACC:
+            tl.store(acc_ptr + offsets, acc.to(acc_ptr.dtype.element_ty), mask=mask)
+        result = EPILOGUE(acc, batch_index, channel, row, column, mask, extra_ptrs, extra_strides)
+    tl.store(y_ptr + offsets, result.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def reduce_partials_kernel(
+    partial_ptr,
+    out_ptr,
+    elements,
+    splits,
+    stride_o,
+    stride_i,
+    stride_h,
+    stride_w,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[o, c, r, s] = Σ_split partial[split, o, (r, s, c)], added in a fixed order."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < elements
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        total += tl.load(partial_ptr + index, mask=mask, other=0.0)
+        partial_ptr += elements
+    filter_index = index // COLUMNS
+    column = index % COLUMNS
+    channel = column % CHANNELS
+    tap = column // CHANNELS
+    offsets = (
+        filter_index.to(tl.int64) * stride_o
+        + channel * stride_i
+        + (tap // KERNEL_W) * stride_h
+        + (tap % KERNEL_W) * stride_w
+    )
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,34 @@
+"""Dense implicit matrix product: every ungrouped convolution, in all three directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ...runtime.device import DeviceFacts
+from ...runtime.operators import Algorithm
+from ...runtime.plan import LaunchPlan
+from ..problem import ConvProblem
+from .common import TileConfig, unsupported_dtype
+from .implicit_gemm import plan_of, tile_configs
+
+
+class Dense(Algorithm):
+    """Implicit GEMM with groups == 1."""
+
+    name: ClassVar[str] = "dense"
+    config_type = TileConfig
+
+    def supports(self, problem: ConvProblem) -> str | None:
+        """Ungrouped problems in a dtype of the generated kernels."""
+        if problem.groups != 1:
+            return "groups != 1"
+        return unsupported_dtype(problem)
+
+    def configs(self, problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConfig]:
+        """Tiles, warps and stages; splits for the gradient of the weight."""
+        return tile_configs(problem, device)
+
+    def plan(self, problem: ConvProblem, config: TileConfig) -> LaunchPlan:
+        """One launch, or two when the gradient of the weight is split."""
+        return plan_of(problem, config)

@@ -1,0 +1,40 @@
+"""Grouped convolution: one implicit matrix product per group, groups on a grid axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from ...runtime.device import DeviceFacts
+from ...runtime.operators import Algorithm
+from ...runtime.plan import LaunchPlan
+from ..problem import ConvProblem
+from .common import TileConfig, unsupported_dtype
+from .implicit_gemm import plan_of, tile_configs
+
+_MAX_GRID_Y = 65535
+
+
+class Grouped(Algorithm):
+    """Implicit GEMM with groups > 1; depthwise problems have an algorithm of their own."""
+
+    name: ClassVar[str] = "grouped"
+    config_type = TileConfig
+
+    def supports(self, problem: ConvProblem) -> str | None:
+        """Several groups of several channels each."""
+        if problem.groups == 1:
+            return "groups == 1"
+        if problem.depthwise:
+            return "one channel per group (depthwise)"
+        if problem.groups > _MAX_GRID_Y:
+            return f"more than {_MAX_GRID_Y} groups"
+        return unsupported_dtype(problem)
+
+    def configs(self, problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConfig]:
+        """Tiles bounded by the size of a group."""
+        return tile_configs(problem, device)
+
+    def plan(self, problem: ConvProblem, config: TileConfig) -> LaunchPlan:
+        """One launch over all groups."""
+        return plan_of(problem, config)

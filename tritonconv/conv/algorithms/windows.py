@@ -1,0 +1,201 @@
+"""Shared by the algorithms that flatten a whole window (taps and channels) into the reduction."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...runtime.plan import KernelCall, LaunchPlan, Slot
+from ..problem import ConvProblem
+from .common import (
+    TileConfig,
+    epilogue_arguments,
+    geometry_constexprs,
+    grouped_tile,
+    matmul_step,
+    pixel_arguments,
+    precision_constexprs,
+    slot_dtypes,
+    store_result,
+)
+from .implicit_gemm import needs_bounds
+
+
+@triton.jit
+def _window_forward_kernel(
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    acc_ptr,
+    extra_ptrs,
+    extra_strides,
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    x_stride_n,
+    x_stride_c,
+    x_stride_h,
+    x_stride_w,
+    w_stride_o,
+    w_stride_i,
+    w_stride_h,
+    w_stride_w,
+    y_stride_n,
+    y_stride_c,
+    y_stride_h,
+    y_stride_w,
+    CHANNELS: tl.constexpr,
+    FILTERS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    CHANNELS_FASTEST: tl.constexpr,
+    CHECK_BOUNDS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    SAVE_ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """y[m, o] = Σ_k x[m, k] · w[o, k] with k the flattened window.
+
+    The flattening follows the input's memory: (r, s, c) with channels fastest, or (c, r, s).
+    """
+    DEPTH: tl.constexpr = KERNEL_H * KERNEL_W * CHANNELS
+    pixels = batch * out_height * out_width
+    tile_m, tile_n = grouped_tile(
+        tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tl.cdiv(FILTERS, BLOCK_N), GROUP_M
+    )
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = m < pixels
+    column = m % out_width
+    row = (m // out_width) % out_height
+    image = m // (out_width * out_height)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < FILTERS
+    if WIDE:
+        image = image.to(tl.int64)
+        row = row.to(tl.int64)
+        column = column.to(tl.int64)
+        n = n.to(tl.int64)
+    first_row = row * STRIDE_H - PAD_H
+    first_column = column * STRIDE_W - PAD_W
+    x_rows = image * x_stride_n + first_row * x_stride_h + first_column * x_stride_w
+    w_columns = n * w_stride_o
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, DEPTH, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if CHANNELS_FASTEST:
+            c = k % CHANNELS
+            s = (k // CHANNELS) % KERNEL_W
+            r = k // (CHANNELS * KERNEL_W)
+        else:
+            s = k % KERNEL_W
+            r = (k // KERNEL_W) % KERNEL_H
+            c = k // (KERNEL_W * KERNEL_H)
+        mask_k = k < DEPTH
+        row_shift = r * DILATION_H
+        column_shift = s * DILATION_W
+        x_window = c * x_stride_c + row_shift * x_stride_h + column_shift * x_stride_w
+        w_window = c * w_stride_i + r * w_stride_h + s * w_stride_w
+        mask_x = mask_m[:, None] & mask_k[None, :]
+        if CHECK_BOUNDS:
+            rows = first_row[:, None] + row_shift[None, :]
+            columns = first_column[:, None] + column_shift[None, :]
+            mask_x = mask_x & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        a = tl.load(x_ptr + x_rows[:, None] + x_window[None, :], mask=mask_x, other=0.0)
+        b = tl.load(
+            w_ptr + w_window[:, None] + w_columns[None, :],
+            mask=mask_k[:, None] & mask_n[None, :],
+            other=0.0,
+        )
+        acc = matmul_step(a, b, acc, PRECISION, UPCAST)
+
+    y_rows = image * y_stride_n + row * y_stride_h + column * y_stride_w
+    store_result(
+        acc,
+        y_ptr,
+        acc_ptr,
+        y_rows[:, None] + (n * y_stride_c)[None, :],
+        image[:, None],
+        n[None, :],
+        row[:, None],
+        column[:, None],
+        mask_m[:, None] & mask_n[None, :],
+        extra_ptrs,
+        extra_strides,
+        EPILOGUE,
+        SAVE_ACC,
+    )
+
+
+def window_forward_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
+    """Plan of the forward product over flattened windows."""
+    epilogue = epilogue_arguments(problem)
+    tiles = triton.cdiv(problem.out_pixels, config.block_m) * triton.cdiv(
+        problem.out_channels, config.block_n
+    )
+    call = KernelCall(
+        _window_forward_kernel,
+        (tiles, 1, 1),
+        (
+            Slot("input"),
+            Slot("weight"),
+            Slot("output"),
+            Slot("acc" if epilogue.save_acc else "output"),
+            epilogue.pointers,
+            epilogue.strides,
+            *pixel_arguments(problem),
+        ),
+        {
+            "CHANNELS": problem.in_channels,
+            "FILTERS": problem.out_channels,
+            **geometry_constexprs(problem),
+            "CHANNELS_FASTEST": problem.x_strides[1] <= problem.x_strides[-1],
+            "CHECK_BOUNDS": needs_bounds(problem),
+            "EPILOGUE": epilogue.function,
+            "SAVE_ACC": epilogue.save_acc,
+            **precision_constexprs(problem),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "GROUP_M": config.group_m,
+        },
+        config.num_warps,
+        config.num_stages,
+    )
+    return LaunchPlan((call,), slot_dtypes(problem))
+
+
+def window_configs(problem: ConvProblem) -> list[TileConfig]:
+    """Tiles for a reduction over the flattened window; the first is the default."""
+    depth = problem.taps * problem.in_channels
+    block_k = max(16, min(32, triton.next_power_of_2(depth)))
+    block_n = max(16, min(64, triton.next_power_of_2(problem.out_channels)))
+    small = problem.out_pixels < 128 * 132
+    space = [TileConfig(64 if small else 128, block_n, block_k, 4, 3)]
+    for block_m in (64, 128, 256):
+        for columns in (16, 32, 64, 128):
+            if columns > max(16, 2 * triton.next_power_of_2(problem.out_channels)):
+                continue
+            for rows_k in (16, 32, 64):
+                if rows_k > max(16, triton.next_power_of_2(depth)):
+                    continue
+                for stages in (2, 4):
+                    warps = 8 if block_m * columns >= 128 * 128 else 4
+                    config = TileConfig(block_m, columns, rows_k, warps, stages)
+                    if config not in space:
+                        space.append(config)
+    return space

@@ -1,0 +1,245 @@
+"""Public convolution functions: validation, normalisation, and the way into the operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..runtime.errors import bad_type, bad_value
+from . import ops
+from .epilogue import build_epilogue
+from .problem import PRECISIONS, output_size
+
+Tensor = torch.Tensor
+IntOrInts = int | Sequence[int]
+
+
+def _ints(value: IntOrInts, rank: int, name: str, least: int) -> list[int]:
+    if isinstance(value, int):
+        values = [value] * rank
+    elif isinstance(value, (tuple, list)) and all(isinstance(v, (int, torch.SymInt)) for v in value):
+        values = list(value) * (rank if len(value) == 1 else 1)
+        if len(values) != rank:
+            raise bad_value(name, f"an integer or {rank} integers", value)
+    else:
+        raise bad_type(name, f"an integer or {rank} integers", type(value).__name__)
+    if min(values) < least:
+        raise bad_value(name, f"integers >= {least}", value)
+    return values
+
+
+def _pads(
+    padding: IntOrInts | str, kernel: Sequence[int], stride: list[int], dilation: list[int]
+) -> list[int]:
+    """Flat (low, high) per axis; 'same' puts the odd element at the end, as PyTorch does."""
+    rank = len(kernel)
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [0] * (2 * rank)
+        if padding != "same":
+            raise bad_value("padding", "integers, 'same' or 'valid'", repr(padding))
+        if any(hop != 1 for hop in stride):
+            raise bad_value("padding", "stride 1 with 'same'", f"stride {tuple(stride)}")
+        flat = []
+        for taps, step in zip(kernel, dilation, strict=True):
+            total = step * (taps - 1)
+            flat += [total // 2, total - total // 2]
+        return flat
+    return [pad for both in _ints(padding, rank, "padding", 0) for pad in (both, both)]
+
+
+def _precision(precision: str | None, dtype: torch.dtype) -> str:
+    if precision is not None and precision not in PRECISIONS:
+        raise bad_value("precision", " | ".join(PRECISIONS), repr(precision))
+    if dtype is not torch.float32:
+        return "ieee"
+    if precision is not None:
+        return precision
+    allowed = torch.backends.cudnn.allow_tf32
+    return "tf32" if allowed and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def _check(x: Tensor, w: Tensor, bias: Tensor | None, rank: int, groups: int) -> None:
+    for name, tensor in (("input", x), ("weight", w)):
+        if not isinstance(tensor, Tensor):
+            raise bad_type(name, "a tensor", type(tensor).__name__)
+    if w.dim() != rank + 2:
+        axes = "out_channels, in_channels / groups, *kernel"
+        raise bad_value("weight", f"{rank + 2} dimensions ({axes})", tuple(w.shape))
+    if not isinstance(groups, int):
+        raise bad_type("groups", "an integer", type(groups).__name__)
+    if groups < 1 or w.shape[0] % groups:
+        raise bad_value("groups", f"a positive divisor of out_channels = {w.shape[0]}", groups)
+    if x.shape[1] != w.shape[1] * groups:
+        raise bad_value(
+            "input", f"{w.shape[1] * groups} channels (weight {tuple(w.shape)}, groups {groups})",
+            f"{x.shape[1]} channels in {tuple(x.shape)}",
+        )
+    if not x.dtype.is_floating_point:
+        raise bad_type("input", "float16, bfloat16, float32 or float64", x.dtype)
+    for name, tensor in (("weight", w), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise bad_type(name, f"the input's dtype {x.dtype}", tensor.dtype)
+        if tensor.device != x.device:
+            raise bad_value(name, f"the input's device {x.device}", tensor.device)
+    if bias is not None and tuple(bias.shape) != (w.shape[0],):
+        raise bad_value("bias", f"shape ({w.shape[0]},)", tuple(bias.shape))
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast operands take its dtype, as PyTorch's own convolution does."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, *others)
+    )
+
+
+def _conv(
+    rank: int,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: IntOrInts,
+    padding: IntOrInts | str,
+    dilation: IntOrInts,
+    groups: int,
+    epilogue: Callable[..., Any] | None,
+    epilogue_args: Sequence[Tensor],
+    precision: str | None,
+) -> Tensor:
+    unbatched = isinstance(x, Tensor) and x.dim() == rank + 1
+    if unbatched:
+        x = x.unsqueeze(0)
+    if not isinstance(x, Tensor):
+        raise bad_type("input", "a tensor", type(x).__name__)
+    if x.dim() != rank + 2:
+        raise bad_value("input", f"{rank + 2} dimensions (batch, channels, *spatial)", tuple(x.shape))
+    x, w, bias = _autocast(x, w, bias)  # type: ignore[assignment]
+    _check(x, w, bias, rank, groups)
+    strides = _ints(stride, rank, "stride", 1)
+    dilations = _ints(dilation, rank, "dilation", 1)
+    kernel = w.shape[2:]
+    pads = _pads(padding, kernel, strides, dilations)
+    size = output_size(x.shape[2:], kernel, strides, ops.pairs(pads), dilations)
+    for extent in size:
+        if extent < 1:
+            raise bad_value(
+                "input",
+                f"a padded map at least as large as the dilated kernel {tuple(kernel)}",
+                tuple(x.shape),
+            )
+    geometry = (strides, pads, dilations, groups, _precision(precision, x.dtype))
+    if epilogue is None and bias is None:
+        if epilogue_args:
+            raise bad_value("epilogue_args", "none without an epilogue", f"{len(epilogue_args)}")
+        y = ops.CONV(x, w, *geometry)
+    else:
+        y = _fused(rank, x, w, bias, geometry, size, epilogue, epilogue_args)
+    return y.squeeze(0) if unbatched else y
+
+
+def _fused(
+    rank: int,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...],
+    size: Sequence[int],
+    epilogue: Callable[..., Any] | None,
+    epilogue_args: Sequence[Tensor],
+) -> Tensor:
+    shape = (x.shape[0], w.shape[0], *size)
+    operands = []
+    for index, operand in enumerate(epilogue_args):
+        name = f"epilogue_args[{index}]"
+        if not isinstance(operand, Tensor):
+            raise bad_type(name, "a tensor (a Python number belongs into the function)", operand)
+        if operand.device != x.device:
+            raise bad_value(name, f"the input's device {x.device}", operand.device)
+        lead = rank + 2 - operand.dim()
+        if lead < 0 or any(
+            have != 1 and have != want
+            for have, want in zip(operand.shape, shape[max(lead, 0) :], strict=False)
+        ):
+            raise bad_value(name, f"a shape broadcastable to {shape}", tuple(operand.shape))
+        operands.append(operand.reshape((1,) * lead + tuple(operand.shape)) if lead else operand)
+    fused = build_epilogue(epilogue, bias, operands, x.dtype, rank)
+    if bias is not None:
+        operands.insert(0, bias.reshape(1, -1, *[1] * rank))
+    for index, capture in enumerate(fused.captures):
+        if capture.device != x.device:
+            raise bad_value(f"captured tensor {index}", f"the input's device {x.device}", capture.device)
+    return ops.CONV_EPILOGUE(x, w, operands, list(fused.captures), fused.key, *geometry)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrInts = 1,
+    padding: IntOrInts | str = 0,
+    dilation: IntOrInts = 1,
+    groups: int = 1,
+    *,
+    epilogue: Callable[..., Any] | None = None,
+    epilogue_args: Sequence[Tensor] = (),
+    precision: str | None = None,
+) -> Tensor:
+    """2-D convolution (cross-correlation) with an optional fused epilogue, differentiable twice.
+
+    y[n, o, p, q] = f(b[o] + Σ_{c,r,s} x[n, c, p·stride + r·dilation − pad, …] · w[o, c, r, s], …)
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), any strides; float16, bfloat16, float32 (float64 is
+            served by PyTorch's kernel). The result keeps its memory format.
+        weight: (M, C / groups, R, S), dtype of the input, any strides.
+        bias: (M,), added to the float32 accumulator.
+        stride, dilation: one integer or two.
+        padding: one integer or two, ``"same"`` (stride 1) or ``"valid"``.
+        groups: divides C and M.
+        epilogue: a Python function of 0-d tensors ``f(y, *epilogue_args)`` applied to every
+            output element inside the kernel, after the bias. It may ask for its coordinates by
+            keyword-only parameters named ``n``, ``c``, ``h``, ``w`` and read captured tensors at
+            computed indices. See ``docs/epilogues.md``.
+        epilogue_args: tensors broadcastable to the output, read at the same element.
+        precision: products of float32 operands: ``"ieee"``, ``"tf32x3"`` (three TF32 products,
+            nearly float32) or ``"tf32"``. By default ``"tf32"`` when
+            ``torch.backends.cudnn.allow_tf32`` is set and ``torch.get_float32_matmul_precision()``
+            is not ``"highest"``, else ``"ieee"``.
+
+    Returns:
+        (N, M, P, Q) in the input's dtype; accumulation is in float32.
+
+    Raises:
+        ArgumentValueError, ArgumentTypeError: an argument is not as described; nothing ran.
+        UnsupportedOpError, DataDependentControlFlowError: the epilogue cannot be generated.
+
+    Example:
+        >>> import torch, tritonconv as tc
+        >>> x, w, b = torch.randn(2, 3, 16, 16), torch.randn(8, 3, 3, 3), torch.randn(8)
+        >>> skip = torch.randn(2, 8, 16, 16)
+        >>> y = tc.conv2d(x, w, b, padding=1, epilogue=lambda y, r: torch.relu(y + r),
+        ...               epilogue_args=(skip,))
+        >>> y.shape
+        torch.Size([2, 8, 16, 16])
+    """
+    return _conv(
+        2,
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        epilogue,
+        epilogue_args,
+        precision,
+    )

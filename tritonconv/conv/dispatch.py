@@ -1,0 +1,210 @@
+"""From a problem to something that runs: operators for the tuner, and the cache for calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from ..runtime.device import DeviceFacts, device_facts
+from ..runtime.launch import Executable
+from ..runtime.operators import Algorithm, Operator, register, source_hash_of
+from ..runtime.tables import Choice, choose
+from .algorithms import ALGORITHMS
+from .algorithms import common, implicit_gemm, windows
+from .algorithms.aten import Aten
+from .algorithms.common import slot_names
+from .epilogue import build_epilogue
+from .problem import ConvProblem, Direction, EpilogueSpec, parse_problem
+
+Tensor = torch.Tensor
+
+
+class ConvOperator(Operator):
+    """One of the three convolution products for one number of spatial axes."""
+
+    def __init__(self, direction: Direction, rank: int) -> None:
+        self.direction = direction
+        self.rank = rank
+        self.name = f"conv{rank}d.{direction}"  # type: ignore[misc]
+
+    @property
+    def algorithms(self) -> tuple[Algorithm, ...]:
+        """All convolution algorithms."""
+        return ALGORITHMS
+
+    def source_hash(self) -> str:
+        """Hash over the algorithms and the kernels that they share."""
+        files = [module.__file__ for module in (common, implicit_gemm, windows)]
+        return super().source_hash()[:8] + source_hash_of(str(file) for file in files)[:8]
+
+    def parse(self, fields: Mapping[str, Any]) -> ConvProblem:
+        """Build a problem; ``epilogue="fused"`` adds a bias and a ReLU."""
+        problem = parse_problem(self.direction, self.rank, fields)
+        fused = str(fields.get("epilogue", "none"))
+        if fused != "none" and self.direction is Direction.FORWARD:
+            bias = torch.empty(problem.out_channels, dtype=problem.dtype, device="meta")
+            epilogue = build_epilogue(torch.relu, bias, (), problem.dtype, self.rank)
+            spec = EpilogueSpec(
+                epilogue.key,
+                (problem.dtype,),
+                ((0, 1) + (0,) * self.rank,),
+                save_acc=fused.endswith("+acc"),
+            )
+            problem = replace(problem, epilogue=spec)
+        return problem
+
+    def outputs(self, problem: ConvProblem) -> tuple[str, ...]:
+        """The product, and the accumulator when the epilogue saves it."""
+        name = slot_names(self.direction)[2]
+        if problem.epilogue is not None and problem.epilogue.save_acc:
+            return (name, "acc")
+        return (name,)
+
+    def make_tensors(
+        self, problem: ConvProblem, device: torch.device, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Standard normal inputs, weights scaled to keep the variance, NaN outputs."""
+
+        def fresh(shape: tuple[int, ...], strides: tuple[int, ...], scale: float = 1.0) -> Tensor:
+            values = torch.randn(shape, generator=generator, device=device) * scale
+            out = torch.empty_strided(shape, strides, dtype=problem.dtype, device=device)
+            return out.copy_(values)
+
+        def poisoned(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+            out = torch.empty_strided(shape, strides, dtype=problem.dtype, device=device)
+            return out.fill_(float("nan"))
+
+        fan_in = max(1, problem.channels_per_group * problem.taps)
+        x = (problem.x_shape, problem.x_strides)
+        w = (problem.w_shape, problem.w_strides)
+        y = (problem.y_shape, problem.y_strides)
+        if self.direction is Direction.DGRAD:
+            return {
+                "grad_output": fresh(*y),
+                "weight": fresh(*w, scale=fan_in**-0.5),
+                "grad_input": poisoned(*x),
+            }
+        if self.direction is Direction.WGRAD:
+            return {"grad_output": fresh(*y), "input": fresh(*x), "grad_weight": poisoned(*w)}
+        tensors = {
+            "input": fresh(*x),
+            "weight": fresh(*w, scale=fan_in**-0.5),
+            "output": poisoned(*y),
+        }
+        spec = problem.epilogue
+        if spec is not None:
+            if spec.save_acc:
+                tensors["acc"] = poisoned(*y)
+            for index, (dtype, strides) in enumerate(
+                zip(spec.element_dtypes, spec.element_strides, strict=True)
+            ):
+                shape = tuple(
+                    size if hop else 1 for size, hop in zip(problem.y_shape, strides, strict=True)
+                )
+                values = torch.randn(shape, generator=generator, device=device)
+                tensors[f"element{index}"] = values.to(dtype).expand(problem.y_shape)
+        return tensors
+
+    def reference(
+        self, problem: ConvProblem, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """PyTorch's result in ``dtype``; float32 there is IEEE float32."""
+        first, second, out = slot_names(self.direction)
+        a, b = tensors[first].to(dtype), tensors[second].to(dtype)
+        plain = replace(
+            problem,
+            dtype=dtype,
+            precision="ieee" if dtype is torch.float64 else problem.precision,
+            epilogue=None,
+        )
+        if plain.precision == "tf32x3":
+            plain = replace(plain, precision="ieee")
+        result = ATEN.compute(plain, {first: a, second: b})
+        spec = problem.epilogue
+        if spec is None:
+            return {out: result}
+        from ..codegen.program import ScalarFunction
+        from ..codegen.registry import program_of
+
+        captures = [tensors[f"capture{i}"] for i in range(len(spec.capture_dtypes))]
+        elements = [tensors[f"element{i}"].to(dtype) for i in range(len(spec.element_dtypes))]
+        coordinates = [
+            torch.arange(size, device=result.device).reshape(
+                [size if axis == k else 1 for k in range(result.dim())]
+            )
+            for axis, size in enumerate(result.shape)
+        ]
+        function = ScalarFunction(program_of(spec.function), tuple(captures))
+        value = function(result, *elements, *coordinates)
+        assert isinstance(value, Tensor)
+        outputs = {out: value.to(dtype)}
+        if spec.save_acc:
+            outputs["acc"] = result
+        return outputs
+
+    def default_algorithm(self, problem: ConvProblem, device: DeviceFacts) -> Algorithm:
+        """The most special algorithm that serves the problem."""
+        return self.candidates(problem)[0]
+
+
+ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
+
+OPERATORS: dict[tuple[Direction, int], ConvOperator] = {}
+for _direction in Direction:
+    _operator = ConvOperator(_direction, 2)
+    OPERATORS[_direction, 2] = _operator
+    register(_operator)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A problem with its choice made: what a call executes."""
+
+    problem: ConvProblem
+    choice: Choice
+    algorithm: Algorithm
+    executable: Executable | None
+    slots: tuple[str, ...]
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Run on tensors in slot order; outputs are written in place."""
+        if self.executable is not None:
+            self.executable(*tensors)
+        else:
+            named = dict(zip(self.slots, tensors, strict=True))
+            self.algorithm.launch(self.problem, self.choice.config, named)
+
+
+_RUNNERS: dict[Any, Runner] = {}
+
+
+def runner(problem: ConvProblem, device: torch.device) -> Runner:
+    """Choose (tuned table or default) and prepare a problem, once."""
+    key = (problem, device)
+    found = _RUNNERS.get(key)
+    if found is None:
+        operator = OPERATORS[problem.direction, len(problem.in_size)]
+        choice = choose(operator, problem, device_facts(device if device.type == "cuda" else None))
+        found = _RUNNERS[key] = make_runner(problem, choice)
+    return found
+
+
+def make_runner(problem: ConvProblem, choice: Choice) -> Runner:
+    """Prepare a problem with a given choice."""
+    operator = OPERATORS[problem.direction, len(problem.in_size)]
+    algorithm = operator.algorithm(choice.algorithm)
+    plan = algorithm.plan(problem, choice.config)
+    slots = tuple(common.slot_dtypes(problem))
+    executable = None if plan is None else Executable(plan, slots)
+    return Runner(problem, choice, algorithm, executable, slots)
+
+
+def forget() -> None:
+    """Drop every prepared call, so that the tables are consulted again."""
+    _RUNNERS.clear()
+
+
+__all__ = ["ATEN", "OPERATORS", "Runner", "forget", "make_runner", "runner"]

@@ -1,0 +1,405 @@
+"""The frozen description of one convolution call: what is planned, tuned and looked up."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..runtime.errors import bad_value
+from ..runtime.operators import Field
+
+DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+AXES: dict[int, tuple[str, ...]] = {
+    1: ("width",),
+    2: ("height", "width"),
+    3: ("depth", "height", "width"),
+}
+"""Names of the spatial axes by rank."""
+
+
+class Direction(enum.StrEnum):
+    """Which of the three convolution products a problem asks for."""
+
+    FORWARD = "forward"
+    DGRAD = "dgrad"
+    WGRAD = "wgrad"
+
+
+@dataclass(frozen=True)
+class EpilogueSpec:
+    """The generated function fused behind the accumulator and the layout of what it reads.
+
+    Attributes:
+        function: key of the scalar function.
+        element_dtypes, element_strides: operands read at the output element; stride 0 broadcasts.
+        capture_dtypes, capture_strides: tensors read at computed indices.
+        save_acc: also store the accumulator, which the gradient of the function reads.
+    """
+
+    function: str
+    element_dtypes: tuple[torch.dtype, ...] = ()
+    element_strides: tuple[tuple[int, ...], ...] = ()
+    capture_dtypes: tuple[torch.dtype, ...] = ()
+    capture_strides: tuple[tuple[int, ...], ...] = ()
+    save_acc: bool = False
+
+
+def output_size(
+    in_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """Spatial extent of a convolution's output; ``padding`` holds (low, high) per axis."""
+    return tuple(
+        (size + low + high - step * (taps - 1) - 1) // hop + 1
+        for size, taps, hop, (low, high), step in zip(
+            in_size, kernel, stride, padding, dilation, strict=True
+        )
+    )
+
+
+def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
+    """Strides of a fresh tensor (batch, channels, *spatial) in either memory format."""
+    order = [0, *range(2, len(shape)), 1] if channels_last else list(range(len(shape)))
+    strides = [0] * len(shape)
+    running = 1
+    for axis in reversed(order):
+        strides[axis] = running
+        running *= max(shape[axis], 1)
+    return tuple(strides)
+
+
+def _layout(shape: Sequence[int], strides: Sequence[int]) -> str:
+    def same(channels_last: bool) -> bool:
+        dense = dense_strides(shape, channels_last)
+        return all(
+            size == 1 or have == want
+            for size, have, want in zip(shape, strides, dense, strict=True)
+        )
+
+    if same(True) and (not same(False) or strides[1] == 1):
+        return "channels_last"
+    return "contiguous" if same(False) else "strided"
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """One convolution product: sizes, geometry, dtype and the strides of its three tensors.
+
+    ``x`` is the input, ``w`` the weight, ``y`` the output of the *forward* convolution; for dgrad
+    the product is written to a tensor shaped as ``x``, for wgrad to one shaped as ``w``. Sizes are
+    in elements, strides in elements, in the order (batch, channels, *spatial).
+    """
+
+    direction: Direction
+    batch: int
+    in_channels: int
+    out_channels: int
+    groups: int
+    in_size: tuple[int, ...]
+    out_size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    dtype: torch.dtype
+    precision: str
+    x_strides: tuple[int, ...]
+    w_strides: tuple[int, ...]
+    y_strides: tuple[int, ...]
+    epilogue: EpilogueSpec | None = None
+
+    @property
+    def operator(self) -> str:
+        """``conv2d.forward`` and its like."""
+        return f"conv{len(self.in_size)}d.{self.direction}"
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """(batch, in_channels, *spatial)."""
+        return (self.batch, self.in_channels, *self.in_size)
+
+    @property
+    def w_shape(self) -> tuple[int, ...]:
+        """(out_channels, in_channels / groups, *kernel)."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        """(batch, out_channels, *output spatial)."""
+        return (self.batch, self.out_channels, *self.out_size)
+
+    @property
+    def taps(self) -> int:
+        """Number of filter taps."""
+        return math.prod(self.kernel)
+
+    @property
+    def out_pixels(self) -> int:
+        """Output positions over the whole batch."""
+        return self.batch * math.prod(self.out_size)
+
+    @property
+    def in_pixels(self) -> int:
+        """Input positions over the whole batch."""
+        return self.batch * math.prod(self.in_size)
+
+    @property
+    def channels_per_group(self) -> int:
+        """Input channels that one output channel reads."""
+        return self.in_channels // self.groups
+
+    @property
+    def filters_per_group(self) -> int:
+        """Output channels of one group."""
+        return self.out_channels // self.groups
+
+    @property
+    def depthwise(self) -> bool:
+        """Every group has one input channel (and there are several groups)."""
+        return self.groups > 1 and self.groups == self.in_channels
+
+    @property
+    def pointwise(self) -> bool:
+        """1×1 taps with stride 1 and no padding: a matrix product."""
+        return (
+            self.taps == 1
+            and all(hop == 1 for hop in self.stride)
+            and not any(self.padding)
+            and self.in_size == self.out_size
+        )
+
+    @property
+    def patches(self) -> bool:
+        """Kernel equals stride, no padding or dilation: windows tile the input."""
+        return (
+            self.kernel == self.stride
+            and not any(self.padding)
+            and all(step == 1 for step in self.dilation)
+            and all(o * k <= i for o, k, i in zip(self.out_size, self.kernel, self.in_size, strict=True))
+        )
+
+    @property
+    def x_layout(self) -> str:
+        """Memory format of the input: channels_last, contiguous or strided."""
+        return _layout(self.x_shape, self.x_strides)
+
+    @property
+    def w_layout(self) -> str:
+        """Memory format of the weight."""
+        return _layout(self.w_shape, self.w_strides)
+
+    @property
+    def y_layout(self) -> str:
+        """Memory format of the output."""
+        return _layout(self.y_shape, self.y_strides)
+
+    @property
+    def wide(self) -> bool:
+        """Whether an element offset of some tensor can pass 2^31."""
+        tensors = (
+            (self.x_shape, self.x_strides),
+            (self.w_shape, self.w_strides),
+            (self.y_shape, self.y_strides),
+        )
+        spans = [
+            sum((size - 1) * abs(hop) for size, hop in zip(shape, strides, strict=True))
+            for shape, strides in tensors
+            if 0 not in shape
+        ]
+        # Offsets of padded positions reach outside the tensor by at most one padded window.
+        return any(2 * span >= 2**31 for span in spans)
+
+    def fields(self) -> Mapping[str, Field]:
+        """What tuned entries are keyed by: geometry and layouts as strings, sizes as integers."""
+        kind = "dense" if self.groups == 1 else "depthwise" if self.depthwise else "grouped"
+        fused = "none"
+        if self.epilogue is not None:
+            fused = "fused+acc" if self.epilogue.save_acc else "fused"
+        fields: dict[str, Field] = {
+            "kind": kind,
+            "kernel": _join(self.kernel),
+            "stride": _join(self.stride),
+            "padding": _join(self.padding),
+            "dilation": _join(self.dilation),
+            "dtype": _DTYPE_NAMES[self.dtype],
+            "precision": self.precision,
+            "layout": self.x_layout,
+            "weight_layout": self.w_layout,
+            "output_layout": self.y_layout,
+            "epilogue": fused,
+            "wide": self.wide,
+            "batch": self.batch,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "groups": self.groups,
+        }
+        for axis, size, out in zip(AXES[len(self.in_size)], self.in_size, self.out_size, strict=True):
+            fields[axis] = size
+            fields[f"out_{axis}"] = out
+        return fields
+
+    def flops(self) -> int:
+        """Multiply-adds × 2, zero padding counted as work."""
+        return 2 * self.out_pixels * self.out_channels * self.channels_per_group * self.taps
+
+    def bytes_moved(self) -> int:
+        """Input, weight and output once each, operands of the epilogue included."""
+        count = math.prod(self.x_shape) + math.prod(self.w_shape) + math.prod(self.y_shape)
+        total = count * self.dtype.itemsize
+        if self.epilogue is not None:
+            for dtype, strides in zip(
+                self.epilogue.element_dtypes, self.epilogue.element_strides, strict=True
+            ):
+                total += dtype.itemsize * math.prod(
+                    size for size, hop in zip(self.y_shape, strides, strict=True) if hop
+                )
+            if self.epilogue.save_acc:
+                total += math.prod(self.y_shape) * self.dtype.itemsize
+        return total
+
+    def __str__(self) -> str:
+        sizes = "x".join(str(size) for size in self.in_size)
+        text = (
+            f"{self.operator} N{self.batch} C{self.in_channels} {sizes} M{self.out_channels} "
+            f"K{_join(self.kernel)} S{_join(self.stride)} P{_join(self.padding)}"
+        )
+        if any(step != 1 for step in self.dilation):
+            text += f" D{_join(self.dilation)}"
+        if self.groups != 1:
+            text += f" G{self.groups}"
+        return f"{text} {_DTYPE_NAMES[self.dtype]} {self.x_layout}"
+
+
+def _join(values: Sequence[int]) -> str:
+    return "x".join(str(value) for value in values)
+
+
+def _numbers(value: Any, rank: int, name: str) -> tuple[int, ...]:
+    try:
+        if isinstance(value, str):
+            numbers = tuple(int(part) for part in value.split("x"))
+        elif isinstance(value, Sequence):
+            numbers = tuple(int(part) for part in value)
+        else:
+            numbers = (int(value),)
+    except ValueError:
+        raise bad_value(name, f"{rank} integers such as 3 or 3x3", repr(value)) from None
+    if len(numbers) == 1:
+        numbers *= rank
+    if len(numbers) != rank:
+        raise bad_value(name, f"1 or {rank} integers", repr(value))
+    return numbers
+
+
+_ALIASES = {
+    "N": "batch",
+    "C": "in_channels",
+    "M": "out_channels",
+    "H": "height",
+    "W": "width",
+    "D": "depth",
+    "K": "kernel",
+    "S": "stride",
+    "P": "padding",
+    "G": "groups",
+}
+_DEFAULTS: dict[str, Any] = {
+    "batch": 1,
+    "kernel": 1,
+    "stride": 1,
+    "padding": 0,
+    "dilation": 1,
+    "groups": 1,
+    "dtype": "float32",
+    "precision": "ieee",
+    "layout": "channels_last",
+}
+_REQUIRED = ("in_channels", "out_channels")
+_KNOWN = {*_DEFAULTS, *_REQUIRED, "weight_layout", "output_layout", "kind", "epilogue", "wide", "name"}
+
+
+def parse_problem(direction: Direction, rank: int, fields: Mapping[str, Any]) -> ConvProblem:
+    """Build a problem from named values, as a suite, the command line or a tuned entry has them.
+
+    Args:
+        direction: which product.
+        rank: number of spatial axes.
+        fields: ``in_channels``, ``out_channels`` and the sizes of the spatial axes (``height``,
+            ``width``) are required; a missing width is the height. ``kernel``, ``stride``,
+            ``padding`` and ``dilation`` are an integer, ``"3x3"`` or a list; ``N C H W M K S P G``
+            are accepted as short names. ``epilogue="fused"`` stands for a bias and a ReLU.
+
+    Raises:
+        ArgumentValueError: an unknown or missing field, or a value that cannot be.
+    """
+    values = {**_DEFAULTS}
+    axes = AXES[rank]
+    for raw, value in fields.items():
+        name = _ALIASES.get(raw, raw)
+        if name not in _KNOWN and name not in axes and name not in {f"out_{a}" for a in axes}:
+            raise bad_value("problem field", ", ".join(sorted(_KNOWN | set(axes))), repr(raw))
+        values[name] = value
+    first = next((values[axis] for axis in axes if axis in values), None)
+    missing = [name for name in _REQUIRED if name not in values]
+    if first is None or missing:
+        raise bad_value("problem", f"{', '.join((*_REQUIRED, *axes))}", dict(fields))
+    if values["dtype"] not in DTYPES:
+        raise bad_value("dtype", " | ".join(DTYPES), repr(values["dtype"]))
+    if values["precision"] not in PRECISIONS:
+        raise bad_value("precision", " | ".join(PRECISIONS), repr(values["precision"]))
+    if values["layout"] not in ("channels_last", "contiguous"):
+        raise bad_value("layout", "channels_last | contiguous", repr(values["layout"]))
+    kernel, stride, padding, dilation = (
+        _numbers(values[name], rank, name) for name in ("kernel", "stride", "padding", "dilation")
+    )
+    in_size = tuple(int(values.get(axis, first)) for axis in axes)
+    symmetric = tuple((pad, pad) for pad in padding)
+    plain = output_size(in_size, kernel, stride, symmetric, dilation)
+    out_size = tuple(
+        int(values.get(f"out_{axis}", size)) for axis, size in zip(axes, plain, strict=True)
+    )
+    batch, in_channels, out_channels, groups = (
+        int(values[name]) for name in ("batch", "in_channels", "out_channels", "groups")
+    )
+    if groups < 1 or in_channels % groups or out_channels % groups:
+        raise bad_value("groups", f"a divisor of {in_channels} and {out_channels}", groups)
+    if min(out_size) < 1:
+        raise bad_value("problem", "an output of at least one element per axis", out_size)
+    channels_last = values["layout"] == "channels_last"
+    weight_last = values.get("weight_layout", values["layout"]) == "channels_last"
+    y_shape = (batch, out_channels, *out_size)
+    return ConvProblem(
+        direction=direction,
+        batch=batch,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        groups=groups,
+        in_size=in_size,
+        out_size=out_size,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        dtype=DTYPES[values["dtype"]],
+        precision=values["precision"] if values["dtype"] == "float32" else "ieee",
+        x_strides=dense_strides((batch, in_channels, *in_size), channels_last),
+        w_strides=dense_strides((out_channels, in_channels // groups, *kernel), weight_last),
+        y_strides=dense_strides(y_shape, channels_last),
+    )

@@ -1,0 +1,102 @@
+"""The three convolution products as PyTorch computes them, for any rank and one-sided padding.
+
+Shared by the specification (``reference.py``) and by the candidate that calls PyTorch's kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+Pads = Sequence[tuple[int, int]]
+
+
+def _symmetric(padding: Pads) -> tuple[list[int], list[int]]:
+    """Split (low, high) pairs into PyTorch's symmetric padding and what ``F.pad`` must add."""
+    common = [min(low, high) for low, high in padding]
+    extra: list[int] = []
+    for (low, high), both in zip(reversed(padding), reversed(common), strict=True):
+        extra += [low - both, high - both]
+    return common, extra
+
+
+def forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Pads,
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Cross-correlation of ``x`` (N, C, *spatial) with ``w`` (M, C/groups, *kernel)."""
+    common, extra = _symmetric(padding)
+    if any(extra):
+        x = F.pad(x, extra)
+    zeros = [0] * len(common)
+    return torch.ops.aten.convolution(
+        x, w, bias, list(stride), common, list(dilation), False, zeros, groups
+    )
+
+
+def dgrad(
+    grad: Tensor,
+    w: Tensor,
+    in_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Pads,
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Gradient of the input: the adjoint of :func:`forward` in ``x``."""
+    common, extra = _symmetric(padding)
+    grown = [
+        size + low + high
+        for size, low, high in zip(in_size, extra[::2][::-1], extra[1::2][::-1], strict=True)
+    ]
+    shape = (grad.shape[0], w.shape[1] * groups, *grown)
+    last = grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)
+    x = torch.empty(
+        shape,
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    zeros = [0] * len(common)
+    result = torch.ops.aten.convolution_backward(
+        grad, x, w, None, list(stride), common, list(dilation), False, zeros, groups,
+        [True, False, False],
+    )[0]
+    for axis, (size, low) in enumerate(zip(in_size, extra[::2][::-1], strict=True)):
+        result = result.narrow(axis + 2, low, size)
+    return result
+
+
+def wgrad(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Pads,
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Gradient of the weight: the adjoint of :func:`forward` in ``w``."""
+    common, extra = _symmetric(padding)
+    if any(extra):
+        x = F.pad(x, extra)
+    last = x.dim() == 4 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+    w = torch.empty(
+        (grad.shape[1], x.shape[1] // groups, *kernel),
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    zeros = [0] * len(common)
+    return torch.ops.aten.convolution_backward(
+        grad, x, w, None, list(stride), common, list(dilation), False, zeros, groups,
+        [False, True, False],
+    )[1]
