@@ -248,7 +248,7 @@ def _read_icbm152(kind: str) -> np.ndarray:
         raise MissingExtraError(
             f"the installed nilearn has no {path.name} (0.11 and 0.14 have it): {hint}"
         )
-    return np.asarray(nibabel.load(path).dataobj)
+    return np.asarray(nibabel.nifti1.load(path).dataobj)
 
 
 _LAYOUTS = (("image", "label"), ("images", "labels"), ("images", "masks"))
@@ -331,7 +331,7 @@ def load_folder(
     elif len(classes) != len(values):
         raise bad_value("classes", f"{len(values)} names, for {values.tolist()}", tuple(classes))
 
-    samples = []
+    samples: list[SegmentationSample] = []
     for name, label in zip(names, maps, strict=True):
         pixels = _read_png(images[name]).astype(np.float32)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -391,7 +391,7 @@ def _read_png(path: Path, *, label: bool = False) -> np.ndarray:
         ) from error
     try:
         with Image.open(path, formats=["PNG"]) as opened:
-            image = opened
+            image: Image.Image = opened
             if not label:  # a palette's indices are labels, but no intensities
                 plain = {"P": "RGB", "PA": "RGB", "RGBA": "RGB", "LA": "L", "La": "L"}
                 image = image.convert(plain.get(image.mode, image.mode))

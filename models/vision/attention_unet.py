@@ -15,7 +15,7 @@ Where arithmetic can ride on a convolution it does, as an epilogue of :func:`tri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -96,6 +96,8 @@ class ConvNorm(nn.Module):
             attention: ``(N, 1, *spatial)`` or None.
         """
         conv, per_channel = self.conv, self.ops.per_channel
+        if attention is not None and max(conv.kernel_size) > 1:
+            raise bad_value("attention", "None for a kernel wider than 1", "a tensor")
         if self.training:
             if attention is None:
                 y = conv(x)
@@ -110,8 +112,8 @@ class ConvNorm(nn.Module):
             return torch.relu(y) if self.relu else y
         scale = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
         shift = self.norm.bias + (conv.bias - self.norm.running_mean) * scale
-        args = (per_channel(scale), per_channel(shift))
-        epilogue = _affine_relu if self.relu else _affine
+        args: tuple[Tensor, ...] = (per_channel(scale), per_channel(shift))
+        epilogue: Callable[..., Tensor] = _affine_relu if self.relu else _affine
         if attention is not None:
             args = (attention, *args)
             epilogue = _attend_affine_relu if self.relu else _attend_affine

@@ -197,6 +197,19 @@ def test_normalisation_in_the_epilogue_equals_normalisation_after(dim, relu):
     torch.testing.assert_close(block(x), torch.relu(expected) if relu else expected)
 
 
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_attention_in_the_epilogue_equals_attention_before(training, relu):
+    torch.manual_seed(0)
+    block = ConvNorm(3, 5, 1, relu=relu).double().train(training)
+    randomise_norms(block)
+    x = torch.randn(2, 3, 6, 7, dtype=torch.double)
+    attention = torch.rand(2, 1, 6, 7, dtype=torch.double)
+    torch.testing.assert_close(block(x, attention), block(attention * x))
+    with pytest.raises(ValueError, match="attention: expected None for a kernel wider than 1"):
+        ConvNorm(3, 5, 3)(x.float(), attention.float())
+
+
 def test_initialisation():
     torch.manual_seed(0)
     net = build(1, 2)
