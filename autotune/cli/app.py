@@ -10,6 +10,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from tritonconv.runtime.errors import ArgumentValueError, TritonConvError
+
 from ..measure import NoDeviceError
 from . import bench, devices, list_, quickstart, show, tune
 
@@ -40,20 +42,19 @@ class _Group(TyperGroup):
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise
         except ValueError as error:
-            if not _is_usage(error):
+            if not isinstance(error, ArgumentValueError):
                 return _unexpected(error)
             _say(f"error: {error}")
+            raise typer.Exit(ExitCode.USAGE) from None
+        except ImportError as error:
+            if not isinstance(error, TritonConvError):
+                return _unexpected(error)
+            _say(f"error: {error}")  # an optional dependency, and how to get it
             raise typer.Exit(ExitCode.USAGE) from None
         except Exception as error:
             if type(error).__module__.startswith(("typer.", "click.")):
                 raise  # its own usage errors
             return _unexpected(error)
-
-
-def _is_usage(error: ValueError) -> bool:
-    from tritonconv.runtime.errors import ArgumentValueError
-
-    return isinstance(error, ArgumentValueError)
 
 
 def _unexpected(error: Exception) -> Any:

@@ -91,7 +91,8 @@ def list_(
             number(entry.best.timing.p50 if entry.best.timing else None),
             "stale" if row["stale"] else "current",
         )
-    rendered.append(kept)
+    if entries:
+        rendered.append(kept)
     out.result(payload, *rendered)
     if not entries:
         out.say(f"no tuned entries in {Store().root}")

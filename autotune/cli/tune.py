@@ -209,7 +209,8 @@ def _model_pairs(
 
 def _dry_run(out: Output, pairs: Sequence[Pair], facts: DeviceFacts, options: Options) -> None:
     rows: list[dict[str, Any]] = []
-    shown = table("problem", "space>", "planned>", "by algorithm", "not served by")
+    shown = table("problem", "space>", "planned>", "by algorithm")
+    unserved: dict[tuple[str, str], int] = {}
     for operator, problem in pairs:
         found = space(operator, problem, facts)
         planned = schedule(
@@ -233,9 +234,14 @@ def _dry_run(out: Output, pairs: Sequence[Pair], facts: DeviceFacts, options: Op
             str(len(found.candidates)),
             str(len(planned)),
             ", ".join(f"{name} {count}" for name, count in counts.items()),
-            "; ".join(f"{name}: {reason}" for name, reason in found.unsupported.items()),
         )
-    out.result({"device": facts.as_dict(), "dry_run": True, "problems": rows}, shown)
+        for row in found.unsupported.items():
+            unserved[row] = unserved.get(row, 0) + 1
+    left_out = table("left out", "problems>", "because")
+    for (name, reason), count in sorted(unserved.items()):
+        left_out.add_row(name, str(count), reason)
+    tables = [shown, left_out] if unserved else [shown]
+    out.result({"device": facts.as_dict(), "dry_run": True, "problems": rows}, *tables)
 
 
 def _results(

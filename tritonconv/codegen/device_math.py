@@ -36,6 +36,7 @@ def _host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if _INTERPRETED:
+    import numpy as _np
     import torch as _torch
 
     tan = _host(_torch.tan)
@@ -56,7 +57,8 @@ if _INTERPRETED:
     erfinv = _host(_torch.erfinv)
     lgamma = _host(_torch.lgamma)
     pow = _host(_torch.pow)
-    fmod = _host(_torch.fmod)
+    # PyTorch's vectorised fmod makes NaN of subnormal divisors.
+    fmod = _host(lambda x, y: _torch.from_numpy(_np.fmod(x.numpy(), y.numpy())))
     hypot = _host(_torch.hypot)
     copysign = _host(_torch.copysign)
     nextafter = _host(_torch.nextafter)
@@ -277,7 +279,7 @@ def remainder_int(a, b):
 
 @triton.jit
 def pow_int(base, exponent, BITS: tl.constexpr):
-    """Integer power by squaring, wrapping on overflow; 0 for negative exponents unless |base| is 1."""
+    """Integer power by squaring, wrapping on overflow; negative exponents as PyTorch has them."""
     result = tl.zeros_like(base + exponent) + 1
     odd = (exponent & 1) != 0
     left = exponent
@@ -286,8 +288,11 @@ def pow_int(base, exponent, BITS: tl.constexpr):
         result = tl.where((left & 1) != 0, result * square, result)
         square = square * square
         left = left >> 1
-    ones = tl.where(base == 1, 1, tl.where(base == -1, tl.where(odd, -1, 1), 0))
-    return tl.where(exponent < 0, ones.to(result.dtype), result)
+    if result.dtype == tl.uint8:
+        return result
+    else:
+        ones = tl.where(base == 1, 1, tl.where(base == -1, tl.where(odd, -1, 1), 0))
+        return tl.where(exponent < 0, ones.to(result.dtype), result)
 
 
 @triton.jit
@@ -302,6 +307,13 @@ def shift_right(a, b, BITS: tl.constexpr):
     """``a >> b`` arithmetically; all sign bits when the distance is out of range."""
     inside = (b >= 0) & (b < BITS)
     return a >> tl.where(inside, b, BITS - 1).to(a.dtype)
+
+
+@triton.jit
+def unsigned_shift_right(a, b, BITS: tl.constexpr):
+    """``a >> b`` for unsigned ``a``; 0 when the distance is out of range."""
+    inside = b < BITS
+    return tl.where(inside, a >> tl.where(inside, b, 0).to(a.dtype), 0).to(a.dtype)
 
 
 @triton.jit

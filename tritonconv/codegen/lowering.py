@@ -131,7 +131,12 @@ class Context:
 def _cast_number(x: Any, dtype: torch.dtype) -> Any:
     if dtype is torch.bool:
         return bool(x)
-    return x if dtype.is_floating_point else int(x)
+    if dtype.is_floating_point:
+        return x
+    # Integers wrap, as PyTorch converts them.
+    bits = _BITS[dtype]
+    wrapped = int(x) & ((1 << bits) - 1)
+    return wrapped if dtype is torch.uint8 or wrapped < 1 << (bits - 1) else wrapped - (1 << bits)
 
 
 Render = Callable[[Context], str]
@@ -493,7 +498,8 @@ def _shift(direction: str) -> Render:
     def render(context: Context) -> str:
         kind = context.result
         a, b = (context.text(context.arg(k), kind, False) for k in (0, 1))
-        return f"dm.shift_{direction}({a}, {b}, {_BITS[kind]})"
+        name = "unsigned_shift_right" if direction == "right" and kind is torch.uint8 else None
+        return f"dm.{name or 'shift_' + direction}({a}, {b}, {_BITS[kind]})"
 
     return render
 
@@ -545,6 +551,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.hardtanh.default: _hardtanh,
         aten.softshrink_backward.default: _shrink_backward,
         aten.hardshrink_backward.default: _shrink_backward,
+        # PyTorch's own decomposition multiplies in another order than its kernels.
+        aten.sigmoid_backward.default: lambda grad, y: grad * (1 - y) * y,
     }
     table = dict(ours)
     for name in _DECOMPOSED.split():

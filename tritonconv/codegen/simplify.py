@@ -54,7 +54,13 @@ _CASTS = {aten._to_copy, aten.to, torch.ops.prims.convert_element_type}
 _ONES = {aten.ones, aten.ones_like, aten.new_ones}
 # What an uninitialised scalar holds is never read: derivative formulas fill it at once.
 _ZEROS = {aten.zeros, aten.zeros_like, aten.new_zeros, aten.zero, aten.empty_like, aten.new_empty}
-_FULLS = {aten.full: 1, aten.full_like: 1, aten.new_full: 2, aten.scalar_tensor: 0}
+_FULLS = {
+    aten.full: 1,
+    aten.full_like: 1,
+    aten.new_full: 2,
+    aten.scalar_tensor: 0,
+    torch.ops.prims.scalar_tensor: 0,
+}
 
 _COMMUTATIVE = {
     aten.add.Tensor,

@@ -226,14 +226,14 @@ def conv_dgrad_kernel(
         first_r = 0
     else:
         first_r = phase_h * 0 + KERNEL_H
-        for r in tl.static_range(STEP_H):
-            first_r = tl.where((phase_h + PAD_H - r * DILATION_H) % STRIDE_H == 0, r, first_r)
+        for i in tl.static_range(STEP_H):
+            first_r = tl.where((phase_h + PAD_H - i * DILATION_H) % STRIDE_H == 0, i, first_r)
     if STRIDE_W == 1:
         first_s = 0
     else:
         first_s = phase_w * 0 + KERNEL_W
-        for s in tl.static_range(STEP_W):
-            first_s = tl.where((phase_w + PAD_W - s * DILATION_W) % STRIDE_W == 0, s, first_s)
+        for j in tl.static_range(STEP_W):
+            first_s = tl.where((phase_w + PAD_W - j * DILATION_W) % STRIDE_W == 0, j, first_s)
     taps_h = tl.maximum((KERNEL_H - first_r + STEP_H - 1) // STEP_H, 0)
     taps_w = tl.maximum((KERNEL_W - first_s + STEP_W - 1) // STEP_W, 0)
     taps = taps_h * taps_w
@@ -600,10 +600,15 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
     depth_max = 32 if wide_type else 64
     block_k = power_of_two(depth, 16, depth_max)
     block_m = power_of_two(rows, 16, 128)
-    while block_m > 32 and _tiles(problem, rows, columns, block_m, block_n) < device.sm_count:
-        block_m //= 2
-    while block_n > 32 and _tiles(problem, rows, columns, block_m, block_n) < device.sm_count // 2:
-        block_n //= 2
+    if problem.direction is Direction.WGRAD:
+        # Splitting the reduction fills the GPU; small tiles would only re-read the operands.
+        block_m = min(block_m, 64 if wide_type else 128)
+    else:
+        floor = device.sm_count
+        while block_m > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor:
+            block_m //= 2
+        while block_n > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor // 2:
+            block_n //= 2
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     default = _config(problem, device, block_m, block_n, block_k, warps, 3)
     space = [default]
