@@ -123,9 +123,7 @@ class Case:
                 values = values[::3]
             columns.append(values)
         rows = list(itertools.product(*columns))
-        return tuple(
-            torch.tensor([r[k] for r in rows], dtype=d) for k, d in enumerate(self.dtypes)
-        )
+        return tuple(torch.tensor([r[k] for r in rows], dtype=d) for k, d in enumerate(self.dtypes))
 
 
 def _tensor_count(op: Any) -> tuple[int, bool]:

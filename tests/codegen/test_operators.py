@@ -9,7 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
-from tritonconv.codegen import Argument, Role, trace
+from tritonconv.codegen import trace
 
 from .cases import _ELSEWHERE, cases_of, operators
 from .run_scalar import run
