@@ -17,6 +17,9 @@ from .space import Candidate
 
 TUNED, DEFAULT, TORCH = "tuned", "default", "torch"
 
+PYTORCH_ALGORITHM = "aten"
+"""What every family calls its algorithm that runs PyTorch's own kernel."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -36,8 +39,8 @@ class Comparison:
         operator: its name.
         problem: what was run.
         tier: which step of the table's read order serves the problem.
-        measured: contenders in the order tuned, default, torch; torch is missing where no
-            algorithm calls PyTorch.
+        measured: contenders in the order tuned, default, torch; torch is missing where
+            PyTorch does not serve the problem.
         floor_us: least time possible; None on a device whose ceilings are not known.
     """
 
@@ -76,10 +79,8 @@ def contenders(
         (DEFAULT, Candidate(default.algorithm, default.config)),
     ]
     for algorithm in operator.candidates(problem):
-        config = algorithm.configs(problem, facts)[0]
-        if algorithm.plan(problem, config) is None:
-            rows.append((TORCH, Candidate(algorithm.name, config)))
-            break
+        if algorithm.name == PYTORCH_ALGORITHM:
+            rows.append((TORCH, Candidate(algorithm.name, algorithm.configs(problem, facts)[0])))
     return choice.tier, rows
 
 

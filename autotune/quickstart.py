@@ -354,7 +354,7 @@ class _Run:
 
     def _step_times(self, data: Any) -> dict[str, float | None]:
         """Milliseconds of a training step, the same few steps from the same weights each."""
-        steps = 40 if self.cuda else 8
+        steps = 40 if self.cuda else 7
         arms: dict[str, contextlib.AbstractContextManager[Any]] = {"ours": contextlib.nullcontext()}
         if self.cuda:
             arms["ours, untuned"] = settings.override(autotune="off")

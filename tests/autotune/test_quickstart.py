@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tritonconv.autotune import quickstart
+from tritonconv.autotune.cli import app
+from tritonconv.autotune.interpret import InterpreterError, interpret
+from typer.testing import CliRunner
+
+missing = [name for name in ("matplotlib", "PIL") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"the demo extra is not installed: {missing}"),
+]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Ten small pairs: a bright disc to be found."""
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    for index in range(10):
+        centre = 10 + index
+        disc = (rows - centre) ** 2 + (columns - 16) ** 2 < 40
+        generator = torch.Generator().manual_seed(index)
+        noise = torch.rand(32, 32, generator=generator) * 80
+        for kind, values in (("image", disc * 120 + noise), ("label", disc * 255)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values.to(torch.uint8).numpy()).save(folder / kind / f"{index}.png")
+    return folder
+
+
+def test_the_whole_demonstration(
+    cache: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "_COMPILE_SECONDS", 5.0)
+    out = tmp_path / "out"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the test machine is shared
+    try:
+        done = CliRunner().invoke(
+            app,
+            ["quickstart", "--data", str(images), "--out", str(out), "--train-seconds", "1",
+             "--budget", "5s", "--cache-dir", str(cache), "--json"],
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    assert done.exit_code == 0, (done.output, done.exception)
+    value: dict[str, Any] = json.loads(done.stdout)
+    assert value["schema_version"] == 1
+    assert json.loads((out / "quickstart.json").read_text()) == value
+    assert (out / "segmentation.png").read_bytes().startswith(b"\x89PNG")
+    assert "sigmoid" in value["generated"]["function"] and value["generated"]["source"].strip()
+    training = value["training"]
+    assert training["steps"] > 0 and len(training["dice_after"]) == 2
+    assert set(training["ms_per_step"]) >= {"ours", "PyTorch"}
+    assert all(math.isfinite(ms) for ms in training["ms_per_step"].values())
+    if value["device"]["gpu"]:
+        assert value["tuning"]["results"]
+    else:
+        assert value["compiled"]["kernels"] and value["interpreted"]["ok"]
+    assert not list(out.glob("checkpoint*"))
+    assert "Train an Attention U-Net" in done.stderr
+
+
+def test_a_missing_folder_is_exit_2_before_anything_long(cache: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["quickstart", "--data", str(tmp_path / "nothing")])
+    assert done.exit_code == 2 and "nothing" in done.stderr
+
+
+def test_the_generated_source_names_the_users_function() -> None:
+    text = quickstart.generated_source(quickstart.swish_shift)
+    assert "swish_shift" in text and "tl." in text
+
+
+def test_an_interpreting_process_that_fails_says_why() -> None:
+    with pytest.raises(InterpreterError, match="no.such.operator"):
+        interpret("no.such.operator", {})
