@@ -22,6 +22,7 @@ import triton
 from torch import Tensor, nn
 
 from tritonconv import backend
+from tritonconv.codegen import show
 from tritonconv.runtime.aot import Compiled, compile_plan
 from tritonconv.runtime.device import DeviceFacts, device_facts, nominal_device
 from tritonconv.runtime.operators import Operator, Problem
@@ -153,6 +154,7 @@ class _Run:
             self._step(3, title, lambda: self._compile(data))
         self._step(4, f"Train an Attention U-Net on {data.name}", lambda: self._train(data))
         self._step(5, "Results", self._results)
+        write_json(Path(self.record.files["record"]), self.record.to_json())
         return self.record
 
     def _step(self, number: int, title: str, action: Callable[[], None]) -> None:
@@ -388,21 +390,16 @@ class _Run:
         )
         if not self.cuda:
             self.reporter.text("without a GPU both rows run PyTorch's kernels")
-        path = self.plan.out / "quickstart.json"
-        record.files["record"] = str(path)
-        write_json(path, record.to_json())
+        record.files["record"] = str(self.plan.out / "quickstart.json")
         for name, file in record.files.items():
             self.reporter.text(f"{name}: {file}")
 
 
 def generated_source(function: Callable[..., Any]) -> str:
     """What is generated from a function, with its first derivative."""
-    from tritonconv.codegen import show
-
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        returned = show(function, order=1)
-    return returned if isinstance(returned, str) else printed.getvalue()
+    show(function, order=1, file=printed)
+    return printed.getvalue()
 
 
 def heaviest(pairs: Sequence[Pair], facts: DeviceFacts, count: int) -> list[Pair]:

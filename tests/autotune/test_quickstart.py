@@ -81,5 +81,5 @@ def test_the_generated_source_names_the_users_function() -> None:
 
 
 def test_an_interpreting_process_that_fails_says_why() -> None:
-    with pytest.raises(InterpreterError, match="no.such.operator"):
+    with pytest.raises(InterpreterError, match=r"no\.such\.operator"):
         interpret("no.such.operator", {})
