@@ -19,7 +19,7 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
@@ -268,8 +268,7 @@ class CudaTimer:
                 calls = clones * max(1, min(repeats, _MAX_CALLS // clones))
             try:
                 graph = self._capture(run, sets, calls)
-                graph.replay()
-                torch.cuda.synchronize(self.device)
+                seconds = self._replay_seconds(graph)
             except Exception as error:
                 require_alive(self.device, candidate, self.problem, error)
                 reason = classify(error).reason
@@ -277,7 +276,7 @@ class CudaTimer:
                     by_events, note=f"timed by events, as graph capture failed: {reason}"
                 )
             clear = self.clear_seconds if self.clear_before_replay else 0.0
-            return _Prepared(run, sets, graph, calls, estimate * calls + clear)
+            return _Prepared(run, sets, graph, calls, seconds + clear)
 
     def sample(self, handle: _Prepared, seconds: float) -> list[float]:
         """Microseconds per call; one value per replay, or per call when timed by events."""
@@ -309,7 +308,8 @@ class CudaTimer:
         self.sets.clear()
         self.filler = torch.empty(0)
         gc.collect()
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a device that is lost; that error is on its way already
+            torch.cuda.empty_cache()
 
     def _estimate(self, run: Run, sets: list[TensorSet]) -> float:
         """Seconds of one call, after the calls that compile and bind it."""
@@ -324,6 +324,16 @@ class CudaTimer:
         end.record()
         torch.cuda.synchronize(self.device)
         seconds: float = start.elapsed_time(end) * 1e-3 / calls
+        return max(seconds, 1e-6)
+
+    def _replay_seconds(self, graph: torch.cuda.CUDAGraph) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        seconds: float = start.elapsed_time(end) * 1e-3
         return max(seconds, 1e-6)
 
     def _capture(self, run: Run, sets: list[TensorSet], calls: int) -> torch.cuda.CUDAGraph:

@@ -90,6 +90,7 @@ def setup(
     """Apply the options that every verb has."""
     if cache_dir is not None:
         settings.cache_dir = cache_dir.expanduser().absolute()
+    settings.report_misses = False  # that remark is for programs that use the kernels
     plain = no_color or bool(os.environ.get("NO_COLOR"))
     # A pipe or a file gets wide tables instead of ones folded to 80 columns.
     width = None if sys.stdout.isatty() else 200

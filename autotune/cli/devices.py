@@ -83,20 +83,31 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
+_BASIC = ("driver_version", "clocks.sm", "clocks.max.sm")
+_THROTTLE = "clocks_event_reasons.active"  # drivers before 535 know it by another name
+
+
 def _driver(index: int) -> dict[str, str]:
     """Driver, clocks and throttling as nvidia-smi tells them; nothing where it is missing."""
     tool = shutil.which("nvidia-smi")
-    if tool is None:
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    if tool is None or uuid is None:
         return {}
-    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks_throttle_reasons.active")
-    try:
-        text = subprocess.run(
-            [tool, f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields, (part.strip() for part in text.split(",")), strict=False))
+    for fields in ((*_BASIC, _THROTTLE), _BASIC):
+        try:
+            text = subprocess.run(
+                [
+                    tool,
+                    f"--id=GPU-{uuid}",
+                    f"--query-gpu={','.join(fields)}",
+                    "--format=csv,noheader",
+                ],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            ).stdout
+        except (OSError, subprocess.SubprocessError):
+            continue
+        return dict(zip(fields, (part.strip() for part in text.split(",")), strict=False))
+    return {}

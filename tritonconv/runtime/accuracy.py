@@ -15,8 +15,10 @@ import torch
 from .errors import bad_value
 
 FACTOR = 2.0
-RMS_FLOOR_EPS = 4.0
-PEAK_FLOOR_EPS = 8.0
+# Floors: rounding of the result, in eps of its dtype, and another order of accumulation, which
+# kernels do in float32 whatever the result's dtype is, in eps of float32.
+RMS_ROUNDING, RMS_ACCUMULATION = 0.5, 4.0
+PEAK_ROUNDING, PEAK_ACCUMULATION = 1.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,10 @@ def budget(
     """Errors a kernel may make: twice those of ``plain`` plus a floor of a few eps of ``dtype``."""
     own = error(plain, reference64, where=where)
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    inner = min(eps, torch.finfo(torch.float32).eps)
     return Errors(
-        FACTOR * own.rms + RMS_FLOOR_EPS * eps,
-        FACTOR * own.peak + PEAK_FLOOR_EPS * eps,
+        FACTOR * own.rms + RMS_ROUNDING * eps + RMS_ACCUMULATION * inner,
+        FACTOR * own.peak + PEAK_ROUNDING * eps + PEAK_ACCUMULATION * inner,
     )
 
 
