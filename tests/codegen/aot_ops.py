@@ -75,7 +75,7 @@ def compile_chunk(functions: list[ScalarFunction], target: Any) -> None:
 
 
 def failures(items: list[tuple[str, ScalarFunction]], target: Any) -> dict[str, str]:
-    """Names of the functions that do not compile; a chunk that fails is split until they are found."""
+    """Names of the functions that do not compile; a failing chunk is split to find them."""
     try:
         compile_chunk([f for _, f in items], target)
     except Exception as error:

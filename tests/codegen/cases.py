@@ -90,7 +90,9 @@ class Case:
     def __call__(self, *operands: Tensor) -> Tensor:
         if self.number_first:
             return self.op(*self.parameters, *operands, **dict(self.keywords))
-        if self.name in ("where.ScalarSelf", "masked_fill.Scalar", "where.Scalar"):
+        if self.name == "masked_fill.Tensor" and operands[2].dim():
+            return torch.where(operands[1], operands[2], operands[0])  # it takes a 0-d value only
+        if self.name in ("where.ScalarSelf", "where.Scalar", "elu_backward.default"):
             return self.op(operands[0], *self.parameters, *operands[1:])
         return self.op(*operands, *self.parameters, **dict(self.keywords))
 
@@ -150,8 +152,8 @@ def _choices(op: Any) -> Iterator[tuple[tuple[Any, ...], tuple[tuple[str, Any], 
         ]
         known = _ANY_SCALAR if has_number and needed else [()]
     for parameters in known:
-        keyword = _KEYWORD.get(packet)
-        if packet == "div" and parameters:
+        keyword = None if name.endswith(".Scalar") else _KEYWORD.get(packet)
+        if name.endswith("_mode"):
             yield parameters[:-1], (("rounding_mode", parameters[-1]),)
         elif keyword and parameters:
             yield (), ((keyword, parameters[0]),)

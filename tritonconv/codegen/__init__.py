@@ -1,4 +1,4 @@
-"""Scalar functions: Python functions of 0-d tensors, traced, differentiated and emitted as Triton."""
+"""Scalar functions: Python functions of 0-d tensors, traced, differentiated, emitted as Triton."""
 
 from .errors import (
     CodegenError,
@@ -10,6 +10,7 @@ from .errors import (
 from .lowering import supported_ops
 from .modules import CacheSecurityError
 from .program import Argument, Capture, Load, Output, Role, ScalarFunction
+from .show import show
 from .trace import clear_cache, trace
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ScalarFunction",
     "UnsupportedOpError",
     "clear_cache",
+    "show",
     "supported_ops",
     "trace",
 ]

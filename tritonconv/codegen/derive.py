@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, fx
 
 from ..runtime.errors import bad_type, bad_value
-from .program import Argument, Output, Program, Role, compute_dtype, evaluate, load_again
+from .program import (
+    Argument,
+    Output,
+    Program,
+    Role,
+    call_differentiably,
+    compute_dtype,
+    evaluate,
+    load_again,
+)
 from .simplify import canonical
 from .trace import trace_graph
 
@@ -93,7 +102,12 @@ def vjp_program(program: Program, wrt: tuple[str, ...]) -> Program:
                 supplied[position] = operand
             hoisted = dict(values)
             hoisted.update(zip(alive, operands[len(wrt_arguments) :], strict=True))
-            results = evaluate(program.graph, supplied, lambda node, _: hoisted[node.args[1]])
+            results = evaluate(
+                program.graph,
+                supplied,
+                lambda node, _: hoisted[node.args[1]],  # type: ignore[index]
+                call_differentiably,
+            )
             return tuple(results[k] for k in floating)
 
         points = [arguments[p] for p in wrt_arguments] + [values[s] for s in alive]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from ..runtime.compat import interpreter_tensor, interpreting
+from ..runtime.compat import interpreter_tensor, interpreting, repair_interpreter
 
 _INTERPRETED = interpreting()
 
@@ -36,6 +36,7 @@ def _host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if _INTERPRETED:
+    repair_interpreter()
     import numpy as _np
     import torch as _torch
 

@@ -126,10 +126,11 @@ def emit_body(program: Program) -> str:
                 f"{_index(context, i, program.wide)} * strides[{first[capture] + d}]"
                 for d, i in enumerate(index)
             )
-            known[node] = names.new(f"load_{node.args[1]}")
+            called = program.captures[capture].name
+            known[node] = names.new(identifier(called) if called else f"load_{node.args[1]}")
             lines.append(_load(known[node], len(elements) + capture, offset, TYPE_NAMES[dtype]))
         elif node.target is STOP:
-            known[node] = known[node.args[0]] if node.args[0] in known else "0"
+            known[node] = context.text(node.args[0], context.result, False)
         else:
             lowering = TABLE.get(node.target)
             if lowering is None:
@@ -139,6 +140,9 @@ def emit_body(program: Program) -> str:
                 text = f"dm.round_bf16({text})"
             elif node.meta["dtype"] is torch.float16:
                 text = f"dm.round_fp16({text})"
+            if text in known.values():  # a cast between dtypes that are held alike
+                known[node] = text
+                continue
             known[node] = names.new(lowering.name)
             lines.append(f"{known[node]} = {text}")
     lines.append(f"return {', '.join(results)}")

@@ -43,5 +43,8 @@ class ScalarArityError(CodegenError, TypeError):
     """The function takes other arguments than the ones it is called with."""
 
 
-class NotScalarError(CodegenError, TypeError):
-    """A result or an intermediate value is not a 0-d tensor."""
+class NotScalarError(CodegenError, ValueError):
+    """A result or an intermediate value is not a 0-d tensor.
+
+    Not a ``TypeError``: Python's operators take that for "not implemented" and hide the message.
+    """

@@ -1,4 +1,4 @@
-"""The lowering table: ATen operator -> Triton expression, and the operators taken apart before it."""
+"""The lowering table, ATen operator -> Triton expression, and what is taken apart before it."""
 
 from __future__ import annotations
 
@@ -522,9 +522,9 @@ TABLE[TO] = Lowering("cast", lambda c: c.text(c.arg(0), c.result))
 # Operators that are taken apart first
 
 _DECOMPOSED = """
-gelu gelu_backward silu silu_backward relu6 leaky_relu leaky_relu_backward elu elu_backward celu selu
-softplus softplus_backward hardswish hardswish_backward hardsigmoid hardsigmoid_backward hardtanh
-hardtanh_backward mish mish_backward log_sigmoid_forward log_sigmoid_backward threshold
+gelu gelu_backward silu silu_backward relu6 leaky_relu leaky_relu_backward elu elu_backward
+celu selu softplus softplus_backward hardswish hardswish_backward hardsigmoid hardsigmoid_backward
+hardtanh hardtanh_backward mish mish_backward log_sigmoid_forward log_sigmoid_backward threshold
 threshold_backward sigmoid_backward tanh_backward logit logit_backward hardshrink softshrink
 lerp.Scalar lerp.Tensor addcmul addcdiv xlogy.Tensor xlogy.Scalar_Other xlogy.Scalar_Self logaddexp
 logaddexp2 nan_to_num heaviside square sinc special_entr special_xlog1py deg2rad rad2deg

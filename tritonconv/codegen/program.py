@@ -36,10 +36,10 @@ torch.library.register_fake("tritonconv_codegen::load", _load_fake, lib=_LIBRARY
 torch.library.register_fake("tritonconv_codegen::stop", torch.empty_like, lib=_LIBRARY)
 
 LOAD = torch.ops.tritonconv_codegen.load.default
-"""``load(index, slot, capture, dtype)``: one read of a captured tensor; ``slot`` numbers the load."""
+"""``load(index, slot, capture, dtype)``: read number ``slot``, of a captured tensor."""
 
 STOP = torch.ops.tritonconv_codegen.stop.default
-"""``stop(x)``: the identity without a gradient, what ``x.detach()`` of a user's function becomes."""
+"""``stop(x)``: the identity without a gradient; what a user's ``x.detach()`` becomes."""
 
 FULL = torch.ops.aten.full.default
 """``full([], value, dtype=...)``: the only form of a constant in a program's graph."""
@@ -82,10 +82,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Capture:
-    """Shape and dtype of a tensor that the function closes over."""
+    """Shape and dtype of a tensor that the function closes over, and what the function calls it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,16 @@ def evaluate(
             else:
                 environment[node] = node.target(*args, **kwargs)
     raise AssertionError("the graph has no output")
+
+
+def call_differentiably(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a node's operator; one whose derivative PyTorch lacks is called in parts."""
+    from .lowering import decompositions
+
+    target: Any = node.target
+    if target is torch.ops.aten.hardsigmoid_backward.default:
+        target = decompositions()[target]
+    return target(*args, **kwargs)
 
 
 def load_again(node: fx.Node, index: list[Any]) -> Tensor:
@@ -432,7 +443,7 @@ def _evaluate_with_torch(
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.target is FULL:
             return torch.full((1,), args[1], dtype=kwargs["dtype"], device=device)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return call_differentiably(node, args, kwargs)
 
     with torch.autocast(device.type, enabled=False):
         results = evaluate(program.graph, values, load, call)

@@ -308,7 +308,8 @@ def _uniform(
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """One spelling for expressions that are the same, so that they are shared."""
     target, dtype = node.target, node.meta["dtype"]
-    if dtype is None or not dtype.is_floating_point:
+    if dtype not in (torch.float32, torch.float64):
+        # A number beside a bfloat16 scalar is not rounded to bfloat16; a constant node would be.
         return target, args, kwargs
     if target in (aten.rsub.Scalar, aten.rsub.Tensor) and not kwargs and len(args) == 2:
         minuend = args[1]

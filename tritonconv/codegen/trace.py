@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import linecache
@@ -10,7 +11,7 @@ import textwrap
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..runtime.errors import bad_type, bad_value
 from .errors import (
-    CodegenError,
     DataDependentControlFlowError,
     NotScalarError,
     ScalarArityError,
@@ -41,7 +41,7 @@ from .program import (
     ScalarFunction,
     compute_dtype,
 )
-from .simplify import canonical, const_value
+from .simplify import canonical
 
 _INDEX_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 _CAPTURE_DTYPES = (
@@ -149,11 +149,9 @@ class _ScalarMode(TorchFunctionMode):
         if source.dtype not in _CAPTURE_DTYPES:
             names = ", ".join(str(d) for d in _CAPTURE_DTYPES)
             raise bad_type(f"{self.origin}: captured tensor", names, source.dtype)
-        for position, known in enumerate(self.captures):
-            if known is source:
-                break
-        else:
-            position = len(self.captures)
+        known = [k for k, capture in enumerate(self.captures) if capture is source]
+        position = known[0] if known else len(self.captures)
+        if not known:
             self.captures.append(source)
         self.slots += 1
         return LOAD(index, self.slots - 1, position, compute_dtype(source.dtype))
@@ -273,7 +271,7 @@ def _unwrap(fn: Any) -> Any:
         elif isinstance(fn, torch.nn.Module):
             fn = type(fn).forward
         elif not isinstance(fn, types.FunctionType) and isinstance(
-            getattr(type(fn), "__call__", None), types.FunctionType
+            vars(type(fn)).get("__call__"), types.FunctionType
         ):
             fn = type(fn).__call__
         else:
@@ -333,7 +331,7 @@ def _check_arguments(arguments: tuple[Argument, ...]) -> None:
         if argument.dtype not in _CAPTURE_DTYPES or argument.dtype != compute_dtype(argument.dtype):
             raise bad_type(
                 f"arguments: {argument.name}",
-                "float32, float64, bool or an integer dtype (half precision is computed in float32)",
+                "float32 (half precision is computed in it), float64, bool or an integer dtype",
                 argument.dtype,
             )
         if argument.role is Role.COORD and argument.dtype not in (torch.int32, torch.int64):
@@ -415,11 +413,32 @@ def _trace(fn: Any, arguments: tuple[Argument, ...]) -> tuple[Program, tuple[Ten
         order=0,
         arguments=arguments,
         outputs=(Output("out", output.meta["dtype"]),),
-        captures=tuple(Capture(tuple(captures[k].shape), captures[k].dtype) for k in used),
+        captures=tuple(
+            Capture(tuple(t.shape), t.dtype, _name_of(t, fn)) for t in (captures[k] for k in used)
+        ),
         loads=loads,
         graph=graph,
     )
     return program, tuple(captures[k] for k in used)
+
+
+def _name_of(tensor: Tensor, fn: Any) -> str:
+    """What the function calls a captured tensor, where a variable or attribute holds it."""
+    plain = _unwrap(fn)
+    if not isinstance(plain, types.FunctionType):
+        return ""
+    names: dict[str, Any] = {}
+    for name, cell in zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=False):
+        with contextlib.suppress(ValueError):
+            names[name] = cell.cell_contents
+    for name in _global_names(plain.__code__):
+        if name in plain.__globals__:
+            names.setdefault(name, plain.__globals__[name])
+    owner = fn if isinstance(fn, torch.nn.Module) else getattr(fn, "__self__", None)
+    for holder in (owner, names.get("self")):
+        if isinstance(holder, torch.nn.Module):
+            names.update(dict(holder.named_parameters()) | dict(holder.named_buffers()))
+    return next((name for name, value in names.items() if value is tensor), "")
 
 
 def _number_loads(
@@ -565,10 +584,7 @@ def trace(
         captures = tuple([reference() for reference in references])
         if None not in map(type, captures):
             return ScalarFunction(program, captures)
-    try:
-        program, tensors = _trace(fn, arguments)
-    except CodegenError:
-        raise
+    program, tensors = _trace(fn, arguments)
 
     # Python reuses the identity of an object that died, so its death ends the entry.
     def drop(_: Any, key: Any = key) -> None:
@@ -582,11 +598,3 @@ def trace(
 def clear_cache() -> None:
     """Forget every trace."""
     _CACHE.clear()
-
-
-def loads_in_order(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The load nodes of a graph."""
-    return (node for node in graph.nodes if node.target is LOAD)
-
-
-__all__ = ["clear_cache", "const_value", "trace", "trace_graph"]

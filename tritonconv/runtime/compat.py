@@ -62,8 +62,32 @@ def direct_launcher(compiled: Any) -> Callable[..., None] | None:
     return call
 
 
+def repair_interpreter() -> None:
+    """Let Triton's interpreter broadcast a comparison of scalars as booleans.
+
+    A comparison carries the dtype of its operands there, so that broadcasting one of two float
+    scalars makes a block of floats, on which ``&`` and ``|`` fail (Triton 3.6 to 3.9).
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original = InterpreterBuilder.create_splat
+    if getattr(original, "repaired", False):
+        return
+
+    def create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
+        result = original(self, ret_ty, arg)
+        if arg.data.dtype == np.bool_:
+            result = TensorHandle(result.data.astype(np.bool_), tl.int1)
+        return result
+
+    create_splat.repaired = True  # type: ignore[attr-defined]
+    InterpreterBuilder.create_splat = create_splat
+
+
 def interpreter_tensor(data: Any, like: Any) -> Any:
-    """Wrap a NumPy array as a value of Triton's interpreter, of the dtype and block shape of ``like``."""
+    """Wrap a NumPy array as an interpreted value of the dtype and block shape of ``like``."""
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
