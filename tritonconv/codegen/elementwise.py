@@ -183,6 +183,28 @@ def _build(
     return Executable(plan, slots), (tiles_r, channels)
 
 
+_DTYPES: tuple[torch.dtype, ...] = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+"""Dtypes by the number that stands for them in the operator's schema.
+
+``ScalarType[]`` reaches Python kernels as bare integers in torch 2.11, so the schema says ``int[]``.
+"""
+
+
+def _codes(dtypes: Sequence[torch.dtype]) -> list[int]:
+    return [_DTYPES.index(dtype) for dtype in dtypes]
+
+
 def _full_mask(rank: int) -> int:
     return (1 << rank) - 1
 
@@ -208,10 +230,11 @@ def _elementwise(
     elements: list[Tensor],
     captures: list[Tensor],
     reduce: list[int],
-    dtypes: list[torch.dtype],
+    codes: list[int],
     channels_last: bool,
 ) -> list[Tensor]:
     program = program_of(function)
+    dtypes = [_DTYPES[code] for code in codes]
     rank = len(shape)
     space = tuple(shape)
     device = elements[0].device if elements else captures[0].device
@@ -285,10 +308,11 @@ def _elementwise_fake(
     elements: list[Tensor],
     captures: list[Tensor],
     reduce: list[int],
-    dtypes: list[torch.dtype],
+    codes: list[int],
     channels_last: bool,
 ) -> list[Tensor]:
     device = elements[0].device if elements else captures[0].device
+    dtypes = [_DTYPES[code] for code in codes]
     return [
         _allocate(_reduced_shape(shape, mask), dtype, channels_last and not mask, device)
         for mask, dtype in zip(reduce, dtypes, strict=True)
@@ -304,7 +328,7 @@ class _Elementwise(torch.autograd.Function):
         shape: list[int],
         count: int,
         reduce: list[int],
-        dtypes: list[torch.dtype],
+        codes: list[int],
         channels_last: bool,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -316,7 +340,7 @@ class _Elementwise(torch.autograd.Function):
                 list(tensors[:count]),
                 list(tensors[count:]),
                 reduce,
-                dtypes,
+                codes,
                 channels_last,
             )
         )
@@ -350,7 +374,7 @@ def _elementwise_autograd(
     elements: list[Tensor],
     captures: list[Tensor],
     reduce: list[int],
-    dtypes: list[torch.dtype],
+    codes: list[int],
     channels_last: bool,
 ) -> list[Tensor]:
     return list(
@@ -359,7 +383,7 @@ def _elementwise_autograd(
             list(shape),
             len(elements),
             list(reduce),
-            list(dtypes),
+            list(codes),
             channels_last,
             *elements,
             *captures,
@@ -370,7 +394,7 @@ def _elementwise_autograd(
 ELEMENTWISE = library.define(
     "elementwise",
     "(str function, SymInt[] shape, Tensor[] elements, Tensor[] captures, int[] reduce, "
-    "ScalarType[] dtypes, bool channels_last) -> Tensor[]",
+    "int[] dtypes, bool channels_last) -> Tensor[]",
     _elementwise,
     _elementwise_fake,
     _elementwise_autograd,
@@ -409,7 +433,7 @@ def apply(
             list(elements),
             list(function.captures if captures is None else captures),
             [0] * len(outputs) if reduce is None else list(reduce),
-            [out.dtype for out in outputs] if dtypes is None else list(dtypes),
+            _codes([out.dtype for out in outputs] if dtypes is None else dtypes),
             channels_last,
         )
     )
@@ -588,7 +612,7 @@ def _evaluate_derivative(
             elements,
             list(captures),
             reduce,
-            dtypes,
+            _codes(dtypes),
             channels_last,
         )
     )

@@ -491,7 +491,18 @@ for _name, _sign_text in {"and": "&", "or": "|", "xor": "^"}.items():
         f"bit_{_name}",
     )
     _register(f"__{_name}__.Tensor __{_name}__.Scalar", _template(f"{{0}} {_sign_text} {{1}}"))
-_register("bitwise_not.default", _template("~{0}", logical="{0} == 0"), "bit_not")
+
+
+def _bitwise_not(context: Context) -> str:
+    kind = context.result
+    x = context.text(context.arg(0), kind)
+    if kind is torch.bool:
+        return f"{x} == 0"
+    # Triton 3.6 interprets ~ as ^ -1, which NumPy refuses for unsigned numbers.
+    return f"{x} ^ 255" if kind is torch.uint8 else f"~{x}"
+
+
+_register("bitwise_not.default", _bitwise_not, "bit_not")
 
 
 def _shift(direction: str) -> Render:

@@ -9,7 +9,7 @@ import torch
 
 from ..runtime.errors import bad_type, bad_value
 from . import ops
-from .epilogue import build_epilogue
+from .epilogue import epilogue_captures, epilogue_key
 from .problem import PRECISIONS, output_size
 
 Tensor = torch.Tensor
@@ -55,8 +55,12 @@ def _precision(precision: str | None, dtype: torch.dtype) -> str:
         raise bad_value("precision", " | ".join(PRECISIONS), repr(precision))
     if dtype is not torch.float32:
         return "ieee"
-    if precision is not None:
-        return precision
+    return default_precision() if precision is None else precision
+
+
+@torch.compiler.assume_constant_result
+def default_precision() -> str:
+    """What PyTorch's own settings say about float32 products."""
     allowed = torch.backends.cudnn.allow_tf32
     return "tf32" if allowed and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
@@ -170,13 +174,16 @@ def _fused(
         ):
             raise bad_value(name, f"a shape broadcastable to {shape}", tuple(operand.shape))
         operands.append(operand.reshape((1,) * lead + tuple(operand.shape)) if lead else operand)
-    fused = build_epilogue(epilogue, bias, operands, x.dtype, rank)
+    dtypes = tuple([operand.dtype for operand in operands])
+    key = epilogue_key(epilogue, bias is not None, dtypes, x.dtype, rank)
+    captures = epilogue_captures(epilogue, bias is not None, dtypes, x.dtype, rank)
     if bias is not None:
         operands.insert(0, bias.reshape(1, -1, *[1] * rank))
-    for index, capture in enumerate(fused.captures):
+    for index, capture in enumerate(captures):
         if capture.device != x.device:
-            raise bad_value(f"captured tensor {index}", f"the input's device {x.device}", capture.device)
-    return ops.CONV_EPILOGUE(x, w, operands, list(fused.captures), fused.key, *geometry)
+            name = f"captured tensor {index}"
+            raise bad_value(name, f"the input's device {x.device}", capture.device)
+    return ops.CONV_EPILOGUE(x, w, operands, captures, key, *geometry)
 
 
 def conv2d(

@@ -16,7 +16,7 @@ from .algorithms import ALGORITHMS
 from .algorithms import common, implicit_gemm, windows
 from .algorithms.aten import Aten
 from .algorithms.common import slot_names
-from .epilogue import build_epilogue
+from .epilogue import apply_with_torch, build_epilogue
 from .problem import ConvProblem, Direction, EpilogueSpec, parse_problem
 
 Tensor = torch.Tensor
@@ -45,8 +45,7 @@ class ConvOperator(Operator):
         problem = parse_problem(self.direction, self.rank, fields)
         fused = str(fields.get("epilogue", "none"))
         if fused != "none" and self.direction is Direction.FORWARD:
-            bias = torch.empty(problem.out_channels, dtype=problem.dtype, device="meta")
-            epilogue = build_epilogue(torch.relu, bias, (), problem.dtype, self.rank)
+            epilogue = build_epilogue(torch.relu, True, (), problem.dtype, self.rank)
             spec = EpilogueSpec(
                 epilogue.key,
                 (problem.dtype,),
@@ -126,21 +125,9 @@ class ConvOperator(Operator):
         spec = problem.epilogue
         if spec is None:
             return {out: result}
-        from ..codegen.program import ScalarFunction
-        from ..codegen.registry import program_of
-
         captures = [tensors[f"capture{i}"] for i in range(len(spec.capture_dtypes))]
         elements = [tensors[f"element{i}"].to(dtype) for i in range(len(spec.element_dtypes))]
-        coordinates = [
-            torch.arange(size, device=result.device).reshape(
-                [size if axis == k else 1 for k in range(result.dim())]
-            )
-            for axis, size in enumerate(result.shape)
-        ]
-        function = ScalarFunction(program_of(spec.function), tuple(captures))
-        value = function(result, *elements, *coordinates)
-        assert isinstance(value, Tensor)
-        outputs = {out: value.to(dtype)}
+        outputs = {out: apply_with_torch(spec.function, result, elements, captures)}
         if spec.save_acc:
             outputs["acc"] = result
         return outputs

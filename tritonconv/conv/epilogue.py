@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..codegen import Argument, Role, ScalarFunction, trace
-from ..codegen.registry import register_program
+from ..codegen.registry import program_of, register_program
 from ..runtime.errors import bad_type
 
 Tensor = torch.Tensor
@@ -37,14 +37,6 @@ class Epilogue:
     captures: tuple[Tensor, ...]
 
 
-def _with_bias(fn: Callable[..., Any], acc: Tensor, bias: Tensor, *operands: Any, **named: Any) -> Any:
-    return fn(acc + bias, *operands, **named)
-
-
-def _without_bias(fn: Callable[..., Any], acc: Tensor, *operands: Any, **named: Any) -> Any:
-    return fn(acc, *operands, **named)
-
-
 def _identity(acc: Tensor) -> Tensor:
     return acc
 
@@ -66,17 +58,17 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def build_epilogue(
     fn: Callable[..., Any] | None,
-    bias: Tensor | None,
-    operands: Sequence[Tensor],
+    has_bias: bool,
+    operand_dtypes: tuple[torch.dtype, ...],
     acc_dtype: torch.dtype,
     rank: int,
 ) -> Epilogue:
-    """Trace an epilogue for these operands; repeated calls hit the trace cache.
+    """Trace an epilogue for operands of these dtypes; repeated calls hit the trace cache.
 
     Args:
         fn: the user's function ``fn(y, *operands, [n, c, h, w])``; None is the identity.
-        bias: per-channel bias added to the accumulator before ``fn``, or None.
-        operands: tensors read at the output element.
+        has_bias: whether a per-channel bias is added to the accumulator before ``fn``.
+        operand_dtypes: dtypes of the tensors read at the output element.
         acc_dtype: dtype of the convolution's operands.
         rank: number of spatial axes.
 
@@ -88,29 +80,56 @@ def build_epilogue(
         fn = _identity
     if not callable(fn):
         raise bad_type("epilogue", "a function of 0-d tensors or None", type(fn).__name__)
-    names = ["acc"] + (["bias"] if bias is not None else [])
-    tensors = ([bias] if bias is not None else []) + list(operands)
     arguments = [Argument("acc", operand_dtype(acc_dtype), Role.VALUE)]
-    names = (["bias"] if bias is not None else []) + [f"arg{k}" for k in range(len(operands))]
-    for name, tensor in zip(names, tensors, strict=True):
-        arguments.append(Argument(name, operand_dtype(tensor.dtype), Role.ELEMENT))
+    if has_bias:
+        arguments.append(Argument("bias", operand_dtype(acc_dtype), Role.ELEMENT))
+    for index, dtype in enumerate(operand_dtypes):
+        arguments.append(Argument(f"arg{index}", operand_dtype(dtype), Role.ELEMENT))
     coordinates = COORDINATES[rank]
     arguments += [Argument(name, torch.int32, Role.COORD) for name in coordinates]
-    wrapped = functools.partial(_with_bias if bias is not None else _without_bias, fn)
     asked = _wanted_coordinates(fn, rank)
-    function = trace(functools.partial(_call, wrapped, asked, len(tensors) + 1, coordinates), tuple(arguments))
+    wrapped = functools.partial(_call, fn, has_bias, asked, coordinates)
+    function = trace(wrapped, tuple(arguments))
     return Epilogue(register_program(function.program), function.captures)
+
+
+@torch.compiler.assume_constant_result
+def epilogue_key(
+    fn: Callable[..., Any] | None,
+    has_bias: bool,
+    operand_dtypes: tuple[torch.dtype, ...],
+    acc_dtype: torch.dtype,
+    rank: int,
+) -> str:
+    """Key of the traced epilogue; a constant under ``torch.compile``."""
+    return build_epilogue(fn, has_bias, operand_dtypes, acc_dtype, rank).key
+
+
+@torch.compiler.assume_constant_result
+def epilogue_captures(
+    fn: Callable[..., Any] | None,
+    has_bias: bool,
+    operand_dtypes: tuple[torch.dtype, ...],
+    acc_dtype: torch.dtype,
+    rank: int,
+) -> list[Tensor]:
+    """Tensors that the epilogue reads at computed indices."""
+    return list(build_epilogue(fn, has_bias, operand_dtypes, acc_dtype, rank).captures)
 
 
 def _call(
     fn: Callable[..., Any],
+    has_bias: bool,
     asked: tuple[str, ...],
-    count: int,
     coordinates: tuple[str, ...],
     *values: Tensor,
 ) -> Any:
+    count = len(values) - len(coordinates)
     named = dict(zip(coordinates, values[count:], strict=True))
-    return fn(*values[:count], **{name: named[name] for name in asked})
+    y, operands = values[0], values[1:count]
+    if has_bias:
+        y, operands = y + operands[0], operands[1:]
+    return fn(y, *operands, **{name: named[name] for name in asked})
 
 
 def evaluate_with_torch(
@@ -118,17 +137,22 @@ def evaluate_with_torch(
 ) -> Tensor:
     """The epilogue as plain PyTorch over whole tensors; differentiable by PyTorch."""
     rank = y.dim() - 2
-    epilogue = build_epilogue(fn, bias, operands, y.dtype, rank)
-    from ..codegen.registry import program_of
-
+    dtypes = tuple(operand.dtype for operand in operands)
+    epilogue = build_epilogue(fn, bias is not None, dtypes, y.dtype, rank)
     tensors = ([bias.reshape(-1, *[1] * rank)] if bias is not None else []) + list(operands)
+    return apply_with_torch(epilogue.key, y, tensors, epilogue.captures)
+
+
+def apply_with_torch(
+    key: str, acc: Tensor, operands: Sequence[Tensor], captures: Sequence[Tensor]
+) -> Tensor:
+    """A registered epilogue evaluated by PyTorch on a whole accumulator."""
     coordinates = [
-        torch.arange(size, dtype=torch.int32, device=y.device).reshape(
-            [size if axis == k else 1 for k in range(y.dim())]
+        torch.arange(size, dtype=torch.int32, device=acc.device).reshape(
+            [size if axis == k else 1 for k in range(acc.dim())]
         )
-        for axis, size in enumerate(y.shape)
+        for axis, size in enumerate(acc.shape)
     ]
-    function = ScalarFunction(program_of(epilogue.key), epilogue.captures)
-    result = function(y, *tensors, *coordinates)
+    result = ScalarFunction(program_of(key), tuple(captures))(acc, *operands, *coordinates)
     assert isinstance(result, Tensor)
-    return result.to(y.dtype)
+    return result.to(acc.dtype)

@@ -23,6 +23,7 @@ from ..runtime import library
 from ..runtime.backend import uses_triton
 from . import pytorch
 from .dispatch import Runner, runner
+from .epilogue import apply_with_torch
 from .problem import ConvProblem, Direction, EpilogueSpec, dense_strides, output_size
 
 Tensor = torch.Tensor
@@ -208,11 +209,6 @@ def _conv_fake(
     size = output_size(x.shape[2:], w.shape[2:], stride, pairs(padding), dilation)
     shape = (x.shape[0], w.shape[0], *size)
     return _empty(shape, x.dtype, x.device, _result_channels_last(x, w))
-
-
-def _gradient_operands(t: Tensor) -> Tensor:
-    """Kernels read any strides, zero strides of an expanded gradient included."""
-    return t
 
 
 def _dgrad(
@@ -468,7 +464,8 @@ def _epilogue_impl(
     stride, padding, dilation, groups, precision = geometry
     if not uses_triton(x.device) or x.dim() != 4:
         acc = _conv(x, w, *geometry)
-        return _epilogue_with_torch(acc, operands, captures, function), acc
+        y = apply_with_torch(function, acc, operands, captures)
+        return torch.empty_like(acc).copy_(y), acc
     key = (
         x.shape,
         x.stride(),
@@ -522,21 +519,6 @@ def _prepare_epilogue(
     found = (None if empty else runner(problem, x.device), problem.y_shape, problem.y_strides)
     _FORWARD[key] = found
     return found
-
-
-def _epilogue_with_torch(
-    acc: Tensor, operands: list[Tensor], captures: list[Tensor], function: str
-) -> Tensor:
-    coordinates = [
-        torch.arange(size, dtype=torch.int32, device=acc.device).reshape(
-            [size if axis == k else 1 for k in range(acc.dim())]
-        )
-        for axis, size in enumerate(acc.shape)
-    ]
-    scalar = ScalarFunction(program_of(function), tuple(captures))
-    value = scalar(acc, *operands, *coordinates)
-    assert isinstance(value, Tensor)
-    return torch.empty_like(acc).copy_(value)
 
 
 def _conv_epilogue(

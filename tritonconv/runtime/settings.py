@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from .errors import bad_value
 
 
@@ -37,6 +35,12 @@ def _choice(*allowed: str) -> Callable[[str], str]:
 
 def _paths(text: str) -> tuple[Path, ...]:
     return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
+
+
+def _user_cache() -> Path:
+    """Where the XDG base directory specification puts a program's cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tritonconv"
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ TABLE: tuple[Setting, ...] = (
         "cache_dir",
         "TRITONCONV_CACHE_DIR",
         "writable directory for generated modules and tuned entries",
-        Path(platformdirs.user_cache_dir("tritonconv")),
+        _user_cache(),
         lambda text: Path(text).expanduser(),
     ),
     Setting(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -331,6 +332,7 @@ def conv_wgrad_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     CHECK_BOUNDS: tl.constexpr,
+    FLAT_ROWS: tl.constexpr,
     PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -360,7 +362,8 @@ def conv_wgrad_kernel(
     mask_n = n < COLUMNS
     if ONE_TAP:
         tap = (tile_n * BLOCK_N) // CHANNELS
-        channel = (tile_n * BLOCK_N) % CHANNELS + tl.arange(0, BLOCK_N)
+        # The compiler does not see that a remainder keeps the tile's alignment.
+        channel = tl.multiple_of((tile_n * BLOCK_N) % CHANNELS, BLOCK_N) + tl.arange(0, BLOCK_N)
     else:
         tap = n // CHANNELS
         channel = n % CHANNELS
@@ -372,7 +375,13 @@ def conv_wgrad_kernel(
         in_channel = in_channel.to(tl.int64)
         row_shift = row_shift.to(tl.int64)
         column_shift = column_shift.to(tl.int64)
-    x_columns = in_channel * x_stride_c + row_shift * x_stride_h + column_shift * x_stride_w
+    if FLAT_ROWS:
+        # A row of the window is contiguous in memory: say so, for wide loads.
+        run = n % (KERNEL_W * CHANNELS) - PAD_W * CHANNELS
+        window_row = (n // (KERNEL_W * CHANNELS)) * DILATION_H - PAD_H
+        x_columns = run * x_stride_c + window_row * x_stride_h
+    else:
+        x_columns = in_channel * x_stride_c + row_shift * x_stride_h + column_shift * x_stride_w
     y_columns = out_channel * y_stride_c
 
     pixels = batch * out_height * out_width
@@ -407,15 +416,19 @@ def conv_wgrad_kernel(
                 mask_x = mask_x & (in_row + row_shift >= 0) & (in_row + row_shift < height)
                 mask_x = mask_x & (in_column + column_shift >= 0)
                 mask_x = mask_x & (in_column + column_shift < width)
-            mask_x = mask_x[:, None] & mask_n[None, :]
+            # No column mask here: the tile lies inside one tap, and a second mask would keep the
+            # compiler from copying rows asynchronously.
+            mask_x = mask_x[:, None]
         else:
-            mask_x = mask_p[:, None] & mask_n[None, :]
+            mask_x = mask_p[:, None]
+            if COLUMNS % BLOCK_N != 0:
+                mask_x = mask_x & mask_n[None, :]
             if CHECK_BOUNDS:
                 rows = in_row[:, None] + row_shift[None, :]
                 columns = in_column[:, None] + column_shift[None, :]
                 mask_x = mask_x & (rows >= 0) & (rows < height)
                 mask_x = mask_x & (columns >= 0) & (columns < width)
-        b = tl.load(x_ptr + x_rows[:, None] + x_columns[None, :], mask=mask_x, other=0.0)
+        b = tl.load(x_ptr + (x_rows[:, None] + x_columns[None, :]), mask=mask_x, other=0.0)
         acc = matmul_step(tl.trans(a), b, acc, PRECISION, UPCAST)
 
     mask = mask_m[:, None] & mask_n[None, :]
@@ -443,6 +456,16 @@ def needs_bounds(problem: ConvProblem) -> bool:
             problem.in_size,
             strict=True,
         )
+    )
+
+
+def flat_rows(problem: ConvProblem) -> bool:
+    """Whether the (tap, channel) pairs of one window row are contiguous in the input's memory."""
+    return (
+        problem.groups == 1
+        and problem.dilation[-1] == 1
+        and problem.x_strides[1] == 1
+        and problem.x_strides[-1] == problem.in_channels
     )
 
 
@@ -556,6 +579,7 @@ def wgrad_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
             **_tile_constexprs(problem, config),
             "GROUPS": problem.groups,
             "CHECK_BOUNDS": needs_bounds(problem),
+            "FLAT_ROWS": flat_rows(problem) and problem.channels_per_group % config.block_n != 0,
             "PARTIAL": partial,
         },
         config.num_warps,
@@ -583,12 +607,22 @@ def power_of_two(value: int, low: int, high: int) -> int:
 
 
 def wgrad_split(problem: ConvProblem, block_m: int, block_n: int, sm_count: int) -> int:
-    """Splits that fill the GPU about twice without making the partial sums the main traffic."""
+    """Splits of the pixels that fill the GPU with little left over in the last wave."""
     columns = problem.taps * problem.channels_per_group
     tiles = problem.groups * triton.cdiv(problem.filters_per_group, block_m)
     tiles *= triton.cdiv(columns, block_n)
-    wanted = max(1, (2 * sm_count) // tiles)
-    return min(wanted, max(1, problem.out_pixels // 256), 256)
+    # Gathered columns are latency-bound and want more programs in flight than whole rows.
+    waves = 1 if problem.channels_per_group % block_n == 0 else 4
+    slots = 2 * sm_count
+    most = max(1, min(problem.out_pixels // 256, 1024, triton.cdiv(waves * slots, tiles) + 8))
+
+    def score(split: int) -> float:
+        programs = tiles * split
+        used = programs / (triton.cdiv(programs, slots) * slots)
+        # Every further split writes and reads the whole weight once more.
+        return used - 0.004 * split * tiles / slots
+
+    return max(range(1, most + 1), key=lambda split: (score(split), -split))
 
 
 def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConfig]:
@@ -596,6 +630,9 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
     rows, columns, depth = product_shape(problem)
     wide_type = problem.dtype is torch.float32
     n_max = 64 if wide_type else 128
+    if problem.direction is Direction.WGRAD and problem.channels_per_group % 16 == 0:
+        # A column tile inside one tap is loaded in whole rows.
+        n_max = math.gcd(problem.channels_per_group, n_max)
     block_n = power_of_two(columns, 16, n_max)
     depth_max = 32 if wide_type else 64
     block_k = power_of_two(depth, 16, depth_max)
@@ -603,6 +640,9 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
     if problem.direction is Direction.WGRAD:
         # Splitting the reduction fills the GPU; small tiles would only re-read the operands.
         block_m = min(block_m, 64 if wide_type else 128)
+        if not flat_rows(problem) or problem.channels_per_group % 16:
+            # Columns gathered one by one cost registers: keep the tile small.
+            block_n = min(block_n, 64 if problem.channels_per_group % 16 else 128)
     else:
         floor = device.sm_count
         while block_m > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor:
@@ -610,6 +650,8 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
         while block_n > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor // 2:
             block_n //= 2
     warps = 8 if block_m * block_n >= 128 * 128 else 4
+    if problem.direction is Direction.WGRAD:
+        warps = 4
     default = _config(problem, device, block_m, block_n, block_k, warps, 3)
     space = [default]
     if problem.precision == "ieee" and wide_type:
@@ -634,6 +676,8 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
     for tile_m, tile_n, tile_k, tile_warps in tiles:
         if tile_n >= 2 * triton.next_power_of_2(max(columns, 16)):
             continue
+        if problem.direction is Direction.WGRAD and tile_n > max(n_max, 16) and n_max != 128:
+            continue
         if tile_m >= 2 * triton.next_power_of_2(max(rows, 16)):
             continue
         bounded_k = min(tile_k, power_of_two(depth, 16, 128))
@@ -641,6 +685,12 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
             config = _config(problem, device, tile_m, tile_n, bounded_k, tile_warps, stages)
             if config not in space and _fits(problem, config, device):
                 space.append(config)
+    if problem.direction is Direction.WGRAD:
+        for base in tuple(space[:4]):
+            for split in (base.split_k // 2, base.split_k * 2):
+                config = replace(base, split_k=max(1, split))
+                if config not in space:
+                    space.append(config)
     return space
 
 

@@ -25,8 +25,8 @@ from .common import (
     slot_dtypes,
     unsupported_dtype,
 )
-from .implicit_gemm import tile_configs, wgrad_plan
-from .windows import window_configs, window_forward_plan
+from .implicit_gemm import flat_rows, tile_configs, wgrad_plan
+from .windows import flat_filters, window_configs, window_forward_plan
 
 
 @triton.jit
@@ -56,6 +56,8 @@ def _patchify_dgrad_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     CHANNELS_FASTEST: tl.constexpr,
+    FLAT_ROWS: tl.constexpr,
+    FLAT_FILTERS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -91,7 +93,10 @@ def _patchify_dgrad_kernel(
         column = column.to(tl.int64)
         c = c.to(tl.int64)
     y_rows = image * y_stride_n + row * y_stride_h + column * y_stride_w
-    w_columns = c * w_stride_i + r * w_stride_h + s * w_stride_w
+    if FLAT_FILTERS:
+        w_columns = n
+    else:
+        w_columns = c * w_stride_i + r * w_stride_h + s * w_stride_w
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, FILTERS, BLOCK_K):
@@ -99,25 +104,28 @@ def _patchify_dgrad_kernel(
         mask_o = o < FILTERS
         if WIDE:
             o = o.to(tl.int64)
-        a = tl.load(
-            grad_ptr + y_rows[:, None] + (o * y_stride_c)[None, :],
-            mask=mask_m[:, None] & mask_o[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            w_ptr + (o * w_stride_o)[:, None] + w_columns[None, :],
-            mask=mask_o[:, None] & mask_n[None, :],
-            other=0.0,
-        )
+        # Masks that cannot fail are left out: each one narrows what is loaded at once.
+        mask_y = mask_m[:, None]
+        if FILTERS % BLOCK_K != 0:
+            mask_y = mask_y & mask_o[None, :]
+        a = tl.load(grad_ptr + y_rows[:, None] + (o * y_stride_c)[None, :], mask=mask_y, other=0.0)
+        w_offsets = (o * w_stride_o)[:, None] + w_columns[None, :]
+        if COLUMNS % BLOCK_N == 0 and FILTERS % BLOCK_K == 0:
+            b = tl.load(w_ptr + w_offsets)
+        else:
+            b = tl.load(w_ptr + w_offsets, mask=mask_o[:, None] & mask_n[None, :], other=0.0)
         acc = matmul_step(a, b, acc, PRECISION, UPCAST)
 
     x_rows = image * x_stride_n + row * KERNEL_H * x_stride_h + column * KERNEL_W * x_stride_w
-    x_columns = c * x_stride_c + r * x_stride_h + s * x_stride_w
-    tl.store(
-        x_ptr + x_rows[:, None] + x_columns[None, :],
-        acc.to(x_ptr.dtype.element_ty),
-        mask=mask_m[:, None] & mask_n[None, :],
-    )
+    if FLAT_ROWS:
+        x_columns = (n % (CHANNELS * KERNEL_W)) * x_stride_c + r * x_stride_h
+    else:
+        x_columns = c * x_stride_c + r * x_stride_h + s * x_stride_w
+    mask = mask_m[:, None]
+    if COLUMNS % BLOCK_N != 0:
+        mask = mask & mask_n[None, :]
+    offsets = x_rows[:, None] + x_columns[None, :]
+    tl.store(x_ptr + offsets, acc.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 class Patchify(Algorithm):
@@ -159,6 +167,7 @@ class Patchify(Algorithm):
         if problem.direction is Direction.WGRAD:
             return wgrad_plan(problem, config)
         columns = problem.taps * problem.in_channels
+        channels_fastest = problem.x_strides[1] <= problem.x_strides[-1]
         tiles = triton.cdiv(problem.out_pixels, config.block_m) * triton.cdiv(
             columns, config.block_n
         )
@@ -171,7 +180,9 @@ class Patchify(Algorithm):
                 "FILTERS": problem.out_channels,
                 "KERNEL_H": problem.kernel[0],
                 "KERNEL_W": problem.kernel[1],
-                "CHANNELS_FASTEST": problem.x_strides[1] <= problem.x_strides[-1],
+                "CHANNELS_FASTEST": channels_fastest,
+                "FLAT_ROWS": flat_rows(problem),
+                "FLAT_FILTERS": flat_filters(problem, channels_fastest),
                 **precision_constexprs(problem),
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,

@@ -18,7 +18,7 @@ from .common import (
     slot_dtypes,
     store_result,
 )
-from .implicit_gemm import needs_bounds
+from .implicit_gemm import flat_rows, needs_bounds
 
 
 @triton.jit
@@ -57,6 +57,8 @@ def _window_forward_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     CHANNELS_FASTEST: tl.constexpr,
+    FLAT_ROWS: tl.constexpr,
+    FLAT_FILTERS: tl.constexpr,
     CHECK_BOUNDS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
@@ -97,7 +99,13 @@ def _window_forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, DEPTH, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        if CHANNELS_FASTEST:
+        if FLAT_ROWS:
+            # A row of the window is contiguous in memory: say so, for wide loads.
+            run = k % (CHANNELS * KERNEL_W)
+            r = k // (CHANNELS * KERNEL_W)
+            s = run // CHANNELS
+            c = run % CHANNELS
+        elif CHANNELS_FASTEST:
             c = k % CHANNELS
             s = (k // CHANNELS) % KERNEL_W
             r = k // (CHANNELS * KERNEL_W)
@@ -108,9 +116,20 @@ def _window_forward_kernel(
         mask_k = k < DEPTH
         row_shift = r * DILATION_H
         column_shift = s * DILATION_W
-        x_window = c * x_stride_c + row_shift * x_stride_h + column_shift * x_stride_w
-        w_window = c * w_stride_i + r * w_stride_h + s * w_stride_w
-        mask_x = mask_m[:, None] & mask_k[None, :]
+        if FLAT_ROWS:
+            x_window = run * x_stride_c + row_shift * x_stride_h
+        else:
+            x_window = c * x_stride_c + row_shift * x_stride_h + column_shift * x_stride_w
+        if FLAT_FILTERS:
+            w_window = k
+        else:
+            w_window = c * w_stride_i + r * w_stride_h + s * w_stride_w
+        # Masks that cannot fail are left out: each one narrows what is loaded at once.
+        mask_x = mask_m[:, None]
+        mask_w = mask_n[None, :]
+        if DEPTH % BLOCK_K != 0:
+            mask_x = mask_x & mask_k[None, :]
+            mask_w = mask_w & mask_k[:, None]
         if CHECK_BOUNDS:
             rows = first_row[:, None] + row_shift[None, :]
             columns = first_column[:, None] + column_shift[None, :]
@@ -118,7 +137,7 @@ def _window_forward_kernel(
         a = tl.load(x_ptr + x_rows[:, None] + x_window[None, :], mask=mask_x, other=0.0)
         b = tl.load(
             w_ptr + w_window[:, None] + w_columns[None, :],
-            mask=mask_k[:, None] & mask_n[None, :],
+            mask=mask_w,
             other=0.0,
         )
         acc = matmul_step(a, b, acc, PRECISION, UPCAST)
@@ -141,9 +160,19 @@ def _window_forward_kernel(
     )
 
 
+def flat_filters(problem: ConvProblem, channels_fastest: bool) -> bool:
+    """Whether a filter is contiguous in the order in which windows are flattened."""
+    _, channel, row, column = problem.w_strides
+    kernel_w = problem.kernel[-1]
+    if channels_fastest:
+        return (channel, column, row) == (1, problem.in_channels, problem.in_channels * kernel_w)
+    return (column, row, channel) == (1, kernel_w, kernel_w * problem.kernel[0])
+
+
 def window_forward_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
     """Plan of the forward product over flattened windows."""
     epilogue = epilogue_arguments(problem)
+    channels_fastest = problem.x_strides[1] <= problem.x_strides[-1]
     tiles = triton.cdiv(problem.out_pixels, config.block_m) * triton.cdiv(
         problem.out_channels, config.block_n
     )
@@ -163,7 +192,9 @@ def window_forward_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
             "CHANNELS": problem.in_channels,
             "FILTERS": problem.out_channels,
             **geometry_constexprs(problem),
-            "CHANNELS_FASTEST": problem.x_strides[1] <= problem.x_strides[-1],
+            "CHANNELS_FASTEST": channels_fastest,
+            "FLAT_ROWS": flat_rows(problem),
+            "FLAT_FILTERS": flat_filters(problem, channels_fastest),
             "CHECK_BOUNDS": needs_bounds(problem),
             "EPILOGUE": epilogue.function,
             "SAVE_ACC": epilogue.save_acc,
@@ -183,8 +214,10 @@ def window_configs(problem: ConvProblem) -> list[TileConfig]:
     """Tiles for a reduction over the flattened window; the first is the default."""
     depth = problem.taps * problem.in_channels
     block_k = max(16, min(32, triton.next_power_of_2(depth)))
-    block_n = max(16, min(64, triton.next_power_of_2(problem.out_channels)))
-    small = problem.out_pixels < 128 * 132
+    if depth % 64 == 0:
+        block_k = 64
+    block_n = max(16, min(128, triton.next_power_of_2(problem.out_channels)))
+    small = problem.out_pixels < 64 * 132
     space = [TileConfig(64 if small else 128, block_n, block_k, 4, 3)]
     for block_m in (64, 128, 256):
         for columns in (16, 32, 64, 128):
