@@ -86,24 +86,24 @@ def failures(items: list[tuple[str, ScalarFunction]], target: Any) -> dict[str, 
     return {}
 
 
-def collect() -> list[tuple[str, ScalarFunction]]:
-    """One function for each different program of the operator cases."""
+def collect(every: int) -> list[tuple[str, ScalarFunction]]:
+    """One function for each different program among every ``every``-th operator case."""
     items: list[tuple[str, ScalarFunction]] = []
     seen: set[str] = set()
-    for op in operators():
-        for case in cases_of(op):
-            function = trace(Case.__call__.__get__(case), case.arguments())
-            shape = hashlib.sha256(function.source.split("@triton.jit")[1].encode()).hexdigest()
-            shape += str([a.dtype for a in function.arguments])
-            if shape not in seen:
-                seen.add(shape)
-                items.append((str(case), function))
+    cases = [case for op in operators() for case in cases_of(op)]
+    for case in cases[::every]:
+        function = trace(Case.__call__.__get__(case), case.arguments())
+        shape = hashlib.sha256(function.source.split("@triton.jit")[1].encode()).hexdigest()
+        shape += str([a.dtype for a in function.arguments])
+        if shape not in seen:
+            seen.add(shape)
+            items.append((str(case), function))
     return items
 
 
 def main(target_name: str, every: int = 1) -> None:
     target = parse_target(target_name)
-    items = collect()[::every]
+    items = collect(every)
     found: dict[str, str] = {}
     for start in range(0, len(items), CHUNK):
         found |= failures(items[start : start + CHUNK], target)

@@ -112,7 +112,7 @@ def vjp_program(program: Program, wrt: tuple[str, ...]) -> Program:
 
         points = [arguments[p] for p in wrt_arguments] + [values[s] for s in alive]
         if points and floating:
-            results, pull = torch.func.vjp(primal, *points)
+            results, pull = torch.func.vjp(primal, *points)  # type: ignore[misc]
             seeds = tuple(g.to(r.dtype) for g, r in zip(grads, results, strict=True))
             pulled = pull(seeds)
         else:

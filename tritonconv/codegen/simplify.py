@@ -307,7 +307,8 @@ def _uniform(
     builder: _Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """One spelling for expressions that are the same, so that they are shared."""
-    target, dtype = node.target, node.meta["dtype"]
+    target: Any = node.target
+    dtype = node.meta["dtype"]
     if dtype not in (torch.float32, torch.float64):
         # A number beside a bfloat16 scalar is not rounded to bfloat16; a constant node would be.
         return target, args, kwargs
@@ -318,7 +319,7 @@ def _uniform(
         return aten.sub.Tensor, (minuend, args[0]), {}
     if target is aten.pow.Tensor_Scalar and _equals(args[1], 2) and args[0].meta["dtype"] == dtype:
         return aten.mul.Tensor, (args[0], args[0]), {}
-    form = _TENSOR_FORM.get(target)  # type: ignore[arg-type]
+    form = _TENSOR_FORM.get(target)
     if form is None or kwargs or len(args) != 2:
         return target, args, kwargs
     a, b = args

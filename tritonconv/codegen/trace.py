@@ -223,7 +223,8 @@ class _ScalarMode(TorchFunctionMode):
         captured = [x for x in leaves if isinstance(x, Tensor) and not self.traced(x)]
         if func in _METADATA:
             return func(*args, **kwargs)
-        if func in (torch.Tensor.detach, torch.Tensor.data.__get__, torch.detach):
+        data: Any = torch.Tensor.data
+        if func in (torch.Tensor.detach, data.__get__, torch.detach):
             source = args[0]
             if self.traced(source):
                 return STOP(source)
@@ -299,7 +300,8 @@ def _bind(
     fn: Any, arguments: tuple[Argument, ...], origin: Origin
 ) -> tuple[list[int], dict[str, int]]:
     """Positions of the arguments that are passed by position, and of those passed by name."""
-    positional, named = list(range(len(arguments))), {}
+    positional = list(range(len(arguments)))
+    named: dict[str, int] = {}
     try:
         signature = inspect.signature(fn)
     except (ValueError, TypeError):
@@ -582,7 +584,7 @@ def trace(
     if entry is not None:
         program, references, _ = entry
         captures = tuple([reference() for reference in references])
-        if None not in map(type, captures):
+        if all(capture is not None for capture in captures):
             return ScalarFunction(program, captures)
     program, tensors = _trace(fn, arguments)
 
