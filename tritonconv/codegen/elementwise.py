@@ -197,7 +197,7 @@ _DTYPES: tuple[torch.dtype, ...] = (
 )
 """Dtypes by the number that stands for them in the operator's schema.
 
-``ScalarType[]`` reaches Python kernels as bare integers in torch 2.11, so the schema says ``int[]``.
+    """Dtypes by the number that stands for them in the schema."""
 """
 
 
@@ -333,8 +333,7 @@ class _Elementwise(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         return tuple(
-            library.below_autograd(
-                ELEMENTWISE,
+            ELEMENTWISE.below_autograd(
                 function,
                 shape,
                 list(tensors[:count]),
@@ -398,6 +397,7 @@ ELEMENTWISE = library.define(
     _elementwise,
     _elementwise_fake,
     _elementwise_autograd,
+    probe=lambda args: (args[2] or args[3])[0],
 )
 
 

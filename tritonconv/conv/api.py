@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..runtime import library, tables
 from ..runtime.errors import bad_type, bad_value
 from . import ops
-from .epilogue import epilogue_captures, epilogue_key
+from .epilogue import epilogue_captures, epilogue_key, static_identity
 from .problem import PRECISIONS, output_size
 
 Tensor = torch.Tensor
@@ -19,7 +21,9 @@ IntOrInts = int | Sequence[int]
 def _ints(value: IntOrInts, rank: int, name: str, least: int) -> list[int]:
     if isinstance(value, int):
         values = [value] * rank
-    elif isinstance(value, (tuple, list)) and all(isinstance(v, (int, torch.SymInt)) for v in value):
+    elif isinstance(value, (tuple, list)) and all(
+        isinstance(v, (int, torch.SymInt)) for v in value
+    ):
         values = list(value) * (rank if len(value) == 1 else 1)
         if len(values) != rank:
             raise bad_value(name, f"an integer or {rank} integers", value)
@@ -78,7 +82,8 @@ def _check(x: Tensor, w: Tensor, bias: Tensor | None, rank: int, groups: int) ->
         raise bad_value("groups", f"a positive divisor of out_channels = {w.shape[0]}", groups)
     if x.shape[1] != w.shape[1] * groups:
         raise bad_value(
-            "input", f"{w.shape[1] * groups} channels (weight {tuple(w.shape)}, groups {groups})",
+            "input",
+            f"{w.shape[1] * groups} channels (weight {tuple(w.shape)}, groups {groups})",
             f"{x.shape[1]} channels in {tuple(x.shape)}",
         )
     if not x.dtype.is_floating_point:
@@ -118,13 +123,25 @@ def _conv(
     epilogue_args: Sequence[Tensor],
     precision: str | None,
 ) -> Tensor:
+    if not torch.compiler.is_compiling():
+        key = _call_key(
+            x, w, bias, stride, padding, dilation, groups, epilogue, epilogue_args, precision
+        )
+        if key is not None:
+            call = _PREPARED.get(key)
+            if call is not None and call.epoch == tables.epoch():
+                return call(x, w, bias, epilogue_args)
+    else:
+        key = None
     unbatched = isinstance(x, Tensor) and x.dim() == rank + 1
     if unbatched:
         x = x.unsqueeze(0)
     if not isinstance(x, Tensor):
         raise bad_type("input", "a tensor", type(x).__name__)
     if x.dim() != rank + 2:
-        raise bad_value("input", f"{rank + 2} dimensions (batch, channels, *spatial)", tuple(x.shape))
+        raise bad_value(
+            "input", f"{rank + 2} dimensions (batch, channels, *spatial)", tuple(x.shape)
+        )
     x, w, bias = _autocast(x, w, bias)  # type: ignore[assignment]
     _check(x, w, bias, rank, groups)
     strides = _ints(stride, rank, "stride", 1)
@@ -144,9 +161,121 @@ def _conv(
         if epilogue_args:
             raise bad_value("epilogue_args", "none without an epilogue", f"{len(epilogue_args)}")
         y = ops.CONV(x, w, *geometry)
+        function = None
     else:
-        y = _fused(rank, x, w, bias, geometry, size, epilogue, epilogue_args)
+        y, function = _fused(rank, x, w, bias, geometry, size, epilogue, epilogue_args)
+    if key is not None and not unbatched:
+        if len(_PREPARED) >= _MAX_PREPARED:
+            _PREPARED.clear()
+        operands = _operands(rank, bias, epilogue_args)
+        recorded = torch.is_grad_enabled() and y.requires_grad
+        forward = None if recorded else ops.prepared_forward(x, w, operands, function, geometry)
+        _PREPARED[key] = PreparedCall(rank, geometry, function, forward, tables.epoch())
     return y.squeeze(0) if unbatched else y
+
+
+_PREPARED: dict[Any, PreparedCall] = {}
+_MAX_PREPARED = 4096
+
+
+@dataclass(frozen=True)
+class PreparedCall:
+    """A call that passed validation before: what is left to do for tensors of the same kind.
+
+    The key says whether gradients are recorded, so a prepared call need not ask again.
+
+    Attributes:
+        rank: number of spatial axes.
+        geometry: stride, padding, dilation, groups, precision as the operators take them.
+        function: key of the epilogue's program, or None for the bare product.
+        forward: the kernel launch of a call without gradients, where one is prepared.
+        epoch: the state of tables and settings that this holds for.
+    """
+
+    rank: int
+    geometry: tuple[Any, ...]
+    function: str | None
+    forward: Callable[..., Tensor] | None
+    epoch: int
+
+    def __call__(
+        self, x: Tensor, w: Tensor, bias: Tensor | None, epilogue_args: Sequence[Tensor]
+    ) -> Tensor:
+        """Run on tensors that match the key."""
+        if self.forward is not None:
+            if bias is None:
+                return self.forward(x, w, *epilogue_args)
+            return self.forward(x, w, bias, *epilogue_args)
+        if self.function is None:
+            return ops.CONV(x, w, *self.geometry)
+        operands = _operands(self.rank, bias, epilogue_args)
+        return ops.CONV_EPILOGUE(x, w, operands, [], self.function, *self.geometry)
+
+
+def _call_key(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: IntOrInts,
+    padding: IntOrInts | str,
+    dilation: IntOrInts,
+    groups: int,
+    epilogue: Callable[..., Any] | None,
+    epilogue_args: Sequence[Tensor],
+    precision: str | None,
+) -> Any:
+    """What validation and dispatch of a call depend on; None where it cannot be known cheaply."""
+    if not library.plain(x) or type(w) not in library.PLAIN_TYPES:
+        return None
+    if torch._C._is_any_autocast_enabled():
+        return None
+    function = None if epilogue is None else static_identity(epilogue)
+    if function is None and epilogue is not None:
+        return None
+    if precision is None and x.dtype is torch.float32:
+        precision = default_precision()
+    gradients = x.requires_grad or w.requires_grad
+    extra: Any = None
+    if bias is not None:
+        extra = (bias.shape, bias.stride(), bias.dtype, bias.device)
+        gradients = gradients or bias.requires_grad
+    if epilogue_args:
+        if any(type(t) not in library.PLAIN_TYPES for t in epilogue_args):
+            return None
+        extra = (extra, *[(t.shape, t.stride(), t.dtype, t.device) for t in epilogue_args])
+        gradients = gradients or any(t.requires_grad for t in epilogue_args)
+    key = (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.device,
+        w.shape,
+        w.stride(),
+        w.dtype,
+        w.device,
+        stride,
+        padding,
+        dilation,
+        groups,
+        function,
+        precision,
+        gradients and torch.is_grad_enabled(),
+        extra,
+    )
+    try:
+        hash(key)
+    except TypeError:  # strides and the like given as lists
+        return None
+    return key
+
+
+def _operands(rank: int, bias: Tensor | None, epilogue_args: Sequence[Tensor]) -> list[Tensor]:
+    """Operands of the epilogue with all axes of the output, the bias first."""
+    operands = [] if bias is None else [bias.reshape(1, -1, *[1] * rank)]
+    for operand in epilogue_args:
+        lead = rank + 2 - operand.dim()
+        operands.append(operand.reshape((1,) * lead + tuple(operand.shape)) if lead else operand)
+    return operands
 
 
 def _fused(
@@ -158,9 +287,8 @@ def _fused(
     size: Sequence[int],
     epilogue: Callable[..., Any] | None,
     epilogue_args: Sequence[Tensor],
-) -> Tensor:
+) -> tuple[Tensor, str]:
     shape = (x.shape[0], w.shape[0], *size)
-    operands = []
     for index, operand in enumerate(epilogue_args):
         name = f"epilogue_args[{index}]"
         if not isinstance(operand, Tensor):
@@ -173,17 +301,15 @@ def _fused(
             for have, want in zip(operand.shape, shape[max(lead, 0) :], strict=False)
         ):
             raise bad_value(name, f"a shape broadcastable to {shape}", tuple(operand.shape))
-        operands.append(operand.reshape((1,) * lead + tuple(operand.shape)) if lead else operand)
-    dtypes = tuple([operand.dtype for operand in operands])
+    dtypes = tuple([operand.dtype for operand in epilogue_args])
     key = epilogue_key(epilogue, bias is not None, dtypes, x.dtype, rank)
     captures = epilogue_captures(epilogue, bias is not None, dtypes, x.dtype, rank)
-    if bias is not None:
-        operands.insert(0, bias.reshape(1, -1, *[1] * rank))
     for index, capture in enumerate(captures):
         if capture.device != x.device:
             name = f"captured tensor {index}"
             raise bad_value(name, f"the input's device {x.device}", capture.device)
-    return ops.CONV_EPILOGUE(x, w, operands, captures, key, *geometry)
+    operands = _operands(rank, bias, epilogue_args)
+    return ops.CONV_EPILOGUE(x, w, operands, captures, key, *geometry), key
 
 
 def conv2d(

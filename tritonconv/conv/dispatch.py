@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -12,8 +12,7 @@ from ..runtime.device import DeviceFacts, device_facts
 from ..runtime.launch import Executable
 from ..runtime.operators import Algorithm, Operator, register, source_hash_of
 from ..runtime.tables import Choice, choose
-from .algorithms import ALGORITHMS
-from .algorithms import common, implicit_gemm, windows
+from .algorithms import ALGORITHMS, common, implicit_gemm, windows
 from .algorithms.aten import Aten
 from .algorithms.common import slot_names
 from .epilogue import apply_with_torch, build_epilogue
@@ -105,6 +104,14 @@ class ConvOperator(Operator):
                 )
                 values = torch.randn(shape, generator=generator, device=device)
                 tensors[f"element{index}"] = values.to(dtype).expand(problem.y_shape)
+            for index, (dtype, size, strides) in enumerate(
+                zip(spec.capture_dtypes, spec.capture_shapes, spec.capture_strides, strict=True)
+            ):
+                capture = torch.empty_strided(size, strides, dtype=dtype, device=device)
+                # Integer captures may be indices into another: zero is valid for all of them.
+                values = torch.randn(size, generator=generator, device=device)
+                capture.copy_(values if dtype.is_floating_point else torch.zeros_like(values))
+                tensors[f"capture{index}"] = capture
         return tensors
 
     def reference(

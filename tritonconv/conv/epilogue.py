@@ -1,9 +1,10 @@
-"""Epilogues: from the user's scalar function to a program of (accumulator, operands, coordinates)."""
+"""Epilogues: from a user's scalar function to a program of accumulator, operands, coordinates."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,44 @@ def _wanted_coordinates(code_owner: Any, rank: int) -> tuple[str, ...]:
     return tuple(name for name in COORDINATES[rank] if name in asked)
 
 
+_STATIC_CODE: dict[types.CodeType, bool] = {}
+
+
+def static_identity(fn: Callable[..., Any]) -> Any:
+    """What identifies a function whose meaning cannot change between calls, else None.
+
+    Built-in functions are themselves; a Python function without closure and defaults whose globals
+    are only modules and built-in functions is its code, so that a lambda written inside a
+    ``forward`` is recognised although every call makes it anew. Whatever reads other state goes
+    through the trace cache, which looks at that state at every call.
+    """
+    if isinstance(fn, types.BuiltinFunctionType):
+        return fn
+    if not isinstance(fn, types.FunctionType):
+        return None
+    if fn.__closure__ is not None or fn.__defaults__ is not None or fn.__kwdefaults__ is not None:
+        return None
+    code = fn.__code__
+    static = _STATIC_CODE.get(code)
+    if static is None:
+        static = _STATIC_CODE[code] = _reads_only_modules(code, fn.__globals__)
+    return code if static else None
+
+
+def _reads_only_modules(code: types.CodeType, scope: dict[str, Any]) -> bool:
+    for name in code.co_names:
+        value = scope.get(name, types)  # attributes and builtins are not in the scope
+        torch_function = isinstance(value, types.FunctionType) and value.__module__.startswith(
+            "torch."
+        )
+        if not isinstance(value, (types.ModuleType, types.BuiltinFunctionType)) and not (
+            torch_function
+        ):
+            return False
+    nested = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return all(_reads_only_modules(part, scope) for part in nested)
+
+
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which an operand takes part in the function: half precision in float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
@@ -80,17 +119,23 @@ def build_epilogue(
         fn = _identity
     if not callable(fn):
         raise bad_type("epilogue", "a function of 0-d tensors or None", type(fn).__name__)
+    asked = _wanted_coordinates(fn, rank)
+    wrapped = functools.partial(_call, fn, has_bias, asked, COORDINATES[rank])
+    function = trace(wrapped, _arguments(has_bias, operand_dtypes, acc_dtype, rank))
+    return Epilogue(register_program(function.program), function.captures)
+
+
+@functools.cache
+def _arguments(
+    has_bias: bool, operand_dtypes: tuple[torch.dtype, ...], acc_dtype: torch.dtype, rank: int
+) -> tuple[Argument, ...]:
     arguments = [Argument("acc", operand_dtype(acc_dtype), Role.VALUE)]
     if has_bias:
         arguments.append(Argument("bias", operand_dtype(acc_dtype), Role.ELEMENT))
     for index, dtype in enumerate(operand_dtypes):
         arguments.append(Argument(f"arg{index}", operand_dtype(dtype), Role.ELEMENT))
-    coordinates = COORDINATES[rank]
-    arguments += [Argument(name, torch.int32, Role.COORD) for name in coordinates]
-    asked = _wanted_coordinates(fn, rank)
-    wrapped = functools.partial(_call, fn, has_bias, asked, coordinates)
-    function = trace(wrapped, tuple(arguments))
-    return Epilogue(register_program(function.program), function.captures)
+    arguments += [Argument(name, torch.int32, Role.COORD) for name in COORDINATES[rank]]
+    return tuple(arguments)
 
 
 @torch.compiler.assume_constant_result

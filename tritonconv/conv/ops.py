@@ -11,7 +11,8 @@ function's generated derivative (``tritonconv::elementwise``) and then the two p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ import torch
 from ..codegen.elementwise import pull_back
 from ..codegen.program import Program, Role, ScalarFunction
 from ..codegen.registry import program_of
-from ..runtime import library
+from ..runtime import library, tables
 from ..runtime.backend import uses_triton
-from . import pytorch
+from . import dispatch, pytorch
 from .dispatch import Runner, runner
 from .epilogue import apply_with_torch
 from .problem import ConvProblem, Direction, EpilogueSpec, dense_strides, output_size
@@ -60,10 +61,23 @@ _FORWARD: dict[Any, tuple[Runner | None, tuple[int, ...], tuple[int, ...]]] = {}
 _BACKWARD: dict[Any, tuple[Runner, tuple[int, ...], tuple[int, ...]]] = {}
 
 
-def forget() -> None:
-    """Drop every prepared call (after tuning, or when settings change)."""
-    _FORWARD.clear()
-    _BACKWARD.clear()
+_prepared_epoch = -1
+
+
+def refresh() -> None:
+    """Drop every prepared call when tables or settings have changed since it was prepared."""
+    global _prepared_epoch
+    if _prepared_epoch != tables.epoch():
+        _prepared_epoch = tables.epoch()
+        _FORWARD.clear()
+        _BACKWARD.clear()
+        dispatch.forget()
+
+
+def _note(problem: ConvProblem) -> None:
+    """Let a recording see a problem that PyTorch serves (CPU tensors)."""
+    if tables.is_recording() and len(problem.in_size) == 2:
+        tables.note(dispatch.OPERATORS[problem.direction, 2], problem)
 
 
 def _forward_problem(
@@ -142,6 +156,7 @@ def _conv(
     groups: int,
     precision: str,
 ) -> Tensor:
+    refresh()
     key = (
         x.shape,
         x.stride(),
@@ -160,9 +175,7 @@ def _conv(
         found = _prepare_forward(key, x, w, stride, padding, dilation, groups, precision)
     prepared, shape, strides = found
     if prepared is None:
-        if 0 in shape or 0 in w.shape:
-            return x.new_zeros(shape)
-        return _keep_format(pytorch.forward(x, w, None, stride, pairs(padding), dilation, groups), x, w)
+        return _product_with_torch(x, w, stride, padding, dilation, groups, precision)
     if prepared.executable is None:
         named = {"input": x, "weight": w}
         return prepared.algorithm.compute(prepared.problem, named)  # type: ignore[attr-defined]
@@ -171,11 +184,23 @@ def _conv(
     return y
 
 
-def _keep_format(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """Give PyTorch's CPU result the memory format that the fake promises."""
-    if _result_channels_last(x, w) and y.dim() == 4:
-        return y.contiguous(memory_format=torch.channels_last)
-    return y.contiguous()
+def _product_with_torch(
+    x: Tensor,
+    w: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precision: str,
+) -> Tensor:
+    """PyTorch's product in the memory format that the fake promises."""
+    channels_last = _result_channels_last(x, w)
+    size = output_size(x.shape[2:], w.shape[2:], stride, pairs(padding), dilation)
+    shape = (x.shape[0], w.shape[0], *size)
+    if 0 in shape or 0 in w.shape:
+        return _empty(shape, x.dtype, x.device, channels_last).zero_()
+    y = pytorch.forward(x, w, None, stride, pairs(padding), dilation, groups)
+    return _as_format(y, channels_last)
 
 
 def _prepare_forward(
@@ -191,9 +216,10 @@ def _prepare_forward(
     problem = _forward_problem(x, w, stride, padding, dilation, groups, precision)
     triton = uses_triton(x.device) and 0 not in problem.y_shape and 0 not in problem.w_shape
     triton = triton and len(problem.in_size) == 2
-    found = (runner(problem, x.device) if triton else None, problem.y_shape, problem.y_strides)
-    if triton:
-        _FORWARD[key] = found  # type: ignore[assignment]
+    if not triton:
+        _note(problem)
+        return None, problem.y_shape, problem.y_strides
+    found = _FORWARD[key] = (runner(problem, x.device), problem.y_shape, problem.y_strides)
     return found
 
 
@@ -225,7 +251,13 @@ def _dgrad(
     channels_last = _result_channels_last(grad, w)
     if 0 in shape or 0 in grad.shape or 0 in w.shape:
         return _empty(shape, grad.dtype, grad.device, channels_last).zero_()
+    refresh()
     if not uses_triton(grad.device) or len(in_size) != 2:
+        if tables.is_recording():
+            x_side = (shape, dense_strides(shape, channels_last))
+            w_side = (w.shape, w.stride())
+            geometry = (stride, padding, dilation, groups, precision)
+            _note(_gradient_problem(Direction.DGRAD, x_side, w_side, grad, *geometry))
         out = pytorch.dgrad(grad, w, in_size, stride, pairs(padding), dilation, groups)
         return _as_format(out, channels_last)
     key = (
@@ -302,7 +334,13 @@ def _wgrad(
     channels_last = is_channels_last(x)
     if 0 in shape or 0 in grad.shape or 0 in x.shape:
         return _empty(shape, grad.dtype, grad.device, channels_last).zero_()
+    refresh()
     if not uses_triton(grad.device) or len(kernel) != 2:
+        if tables.is_recording():
+            x_side = (x.shape, x.stride())
+            w_side = (shape, dense_strides(shape, channels_last))
+            geometry = (stride, padding, dilation, groups, precision)
+            _note(_gradient_problem(Direction.WGRAD, x_side, w_side, grad, *geometry))
         out = pytorch.wgrad(grad, x, kernel, stride, pairs(padding), dilation, groups)
         return _as_format(out, channels_last)
     key = (
@@ -364,7 +402,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, w: Tensor, *geometry: Any) -> Tensor:
-        return library.below_autograd(CONV, x, w, *geometry)
+        return CONV.below_autograd(x, w, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -388,7 +426,7 @@ class _Dgrad(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, w: Tensor, in_size: list[int], *geometry: Any) -> Tensor:
-        return library.below_autograd(CONV_DGRAD, grad, w, in_size, *geometry)
+        return CONV_DGRAD.below_autograd(grad, w, in_size, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -411,7 +449,7 @@ class _Wgrad(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, x: Tensor, kernel: list[int], *geometry: Any) -> Tensor:
-        return library.below_autograd(CONV_WGRAD, grad, x, kernel, *geometry)
+        return CONV_WGRAD.below_autograd(grad, x, kernel, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -462,8 +500,11 @@ def _epilogue_impl(
     geometry: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor | None]:
     stride, padding, dilation, groups, precision = geometry
+    refresh()
     if not uses_triton(x.device) or x.dim() != 4:
-        acc = _conv(x, w, *geometry)
+        if tables.is_recording():
+            _note(_epilogue_problem(x, w, operands, captures, function, save_acc, geometry))
+        acc = _product_with_torch(x, w, *geometry)
         y = apply_with_torch(function, acc, operands, captures)
         return torch.empty_like(acc).copy_(y), acc
     key = (
@@ -495,6 +536,28 @@ def _epilogue_impl(
     return y, acc
 
 
+def _epilogue_problem(
+    x: Tensor,
+    w: Tensor,
+    operands: list[Tensor],
+    captures: list[Tensor],
+    function: str,
+    save_acc: bool,
+    geometry: tuple[Any, ...],
+) -> ConvProblem:
+    bare = _forward_problem(x, w, *geometry)
+    spec = EpilogueSpec(
+        function,
+        tuple(t.dtype for t in operands),
+        tuple(tuple(t.expand(bare.y_shape).stride()) for t in operands),
+        tuple(t.dtype for t in captures),
+        tuple(tuple(t.shape) for t in captures),
+        tuple(tuple(t.stride()) for t in captures),
+        save_acc,
+    )
+    return replace(bare, epilogue=spec)
+
+
 def _prepare_epilogue(
     key: Any,
     x: Tensor,
@@ -505,16 +568,7 @@ def _prepare_epilogue(
     save_acc: bool,
     geometry: tuple[Any, ...],
 ) -> tuple[Runner | None, tuple[int, ...], tuple[int, ...]]:
-    bare = _forward_problem(x, w, *geometry)
-    spec = EpilogueSpec(
-        function,
-        tuple(t.dtype for t in operands),
-        tuple(tuple(t.expand(bare.y_shape).stride()) for t in operands),
-        tuple(t.dtype for t in captures),
-        tuple(tuple(t.stride()) for t in captures),
-        save_acc,
-    )
-    problem = _forward_problem(x, w, *geometry, epilogue=spec)
+    problem = _epilogue_problem(x, w, operands, captures, function, save_acc, geometry)
     empty = 0 in problem.y_shape
     found = (None if empty else runner(problem, x.device), problem.y_shape, problem.y_strides)
     _FORWARD[key] = found
@@ -530,6 +584,36 @@ def _conv_epilogue(
     *geometry: Any,
 ) -> Tensor:
     return _epilogue_impl(x, w, operands, captures, function, False, geometry)[0]
+
+
+def prepared_forward(
+    x: Tensor, w: Tensor, operands: list[Tensor], function: str | None, geometry: tuple[Any, ...]
+) -> Callable[..., Tensor] | None:
+    """The launch alone, for tensors like these and no gradient; None where PyTorch computes.
+
+    The result takes (x, w, *operands) and reads operands by pointer: their shapes are settled.
+    """
+    if not uses_triton(x.device) or x.dim() != 4:
+        return None
+    if function is None:
+        problem = _forward_problem(x, w, *geometry)
+    else:
+        problem = _epilogue_problem(x, w, operands, [], function, False, geometry)
+        if program_of(function).captures:
+            return None
+    shape, strides, dtype, device = problem.y_shape, problem.y_strides, x.dtype, x.device
+    if 0 in shape or 0 in problem.w_shape:
+        return None
+    executable = runner(problem, device).executable
+    if executable is None:
+        return None
+
+    def forward(x: Tensor, w: Tensor, *operands: Tensor) -> Tensor:
+        y = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        executable(x, w, y, *operands)
+        return y
+
+    return forward
 
 
 def _conv_epilogue_fake(
@@ -590,12 +674,17 @@ class _ConvEpilogue(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        function: str, geometry: tuple[Any, ...], save_acc: bool, count: int, x: Tensor, w: Tensor,
+        function: str,
+        geometry: tuple[Any, ...],
+        save_acc: bool,
+        count: int,
+        x: Tensor,
+        w: Tensor,
         *tensors: Tensor,
     ) -> Any:
         operands, captures = list(tensors[:count]), list(tensors[count:])
-        overload = CONV_EPILOGUE_ACC if save_acc else CONV_EPILOGUE
-        return library.below_autograd(overload, x, w, operands, captures, function, *geometry)
+        op = CONV_EPILOGUE_ACC if save_acc else CONV_EPILOGUE
+        return op.below_autograd(x, w, operands, captures, function, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -667,9 +756,7 @@ def _epilogue_acc_autograd(
     function: str,
     *geometry: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _ConvEpilogue.apply(
-        function, geometry, True, len(operands), x, w, *operands, *captures
-    )
+    return _ConvEpilogue.apply(function, geometry, True, len(operands), x, w, *operands, *captures)
 
 
 _EPILOGUE = f"Tensor[] operands, Tensor[] captures, str function, {_GEOMETRY}"

@@ -46,7 +46,7 @@ class EpilogueSpec:
     Attributes:
         function: key of the scalar function.
         element_dtypes, element_strides: operands read at the output element; stride 0 broadcasts.
-        capture_dtypes, capture_strides: tensors read at computed indices.
+        capture_dtypes, capture_shapes, capture_strides: tensors read at computed indices.
         save_acc: also store the accumulator, which the gradient of the function reads.
     """
 
@@ -54,6 +54,7 @@ class EpilogueSpec:
     element_dtypes: tuple[torch.dtype, ...] = ()
     element_strides: tuple[tuple[int, ...], ...] = ()
     capture_dtypes: tuple[torch.dtype, ...] = ()
+    capture_shapes: tuple[tuple[int, ...], ...] = ()
     capture_strides: tuple[tuple[int, ...], ...] = ()
     save_acc: bool = False
 
@@ -192,7 +193,9 @@ class ConvProblem:
             self.kernel == self.stride
             and not any(self.padding)
             and all(step == 1 for step in self.dilation)
-            and all(o * k <= i for o, k, i in zip(self.out_size, self.kernel, self.in_size, strict=True))
+            and all(
+                o * k <= i for o, k, i in zip(self.out_size, self.kernel, self.in_size, strict=True)
+            )
         )
 
     @property
@@ -250,7 +253,9 @@ class ConvProblem:
             "out_channels": self.out_channels,
             "groups": self.groups,
         }
-        for axis, size, out in zip(AXES[len(self.in_size)], self.in_size, self.out_size, strict=True):
+        for axis, size, out in zip(
+            AXES[len(self.in_size)], self.in_size, self.out_size, strict=True
+        ):
             fields[axis] = size
             fields[f"out_{axis}"] = out
         return fields
@@ -332,7 +337,16 @@ _DEFAULTS: dict[str, Any] = {
     "layout": "channels_last",
 }
 _REQUIRED = ("in_channels", "out_channels")
-_KNOWN = {*_DEFAULTS, *_REQUIRED, "weight_layout", "output_layout", "kind", "epilogue", "wide", "name"}
+_KNOWN = {
+    *_DEFAULTS,
+    *_REQUIRED,
+    "weight_layout",
+    "output_layout",
+    "kind",
+    "epilogue",
+    "wide",
+    "name",
+}
 
 
 def parse_problem(direction: Direction, rank: int, fields: Mapping[str, Any]) -> ConvProblem:

@@ -67,7 +67,16 @@ def dgrad(
     )
     zeros = [0] * len(common)
     result = torch.ops.aten.convolution_backward(
-        grad, x, w, None, list(stride), common, list(dilation), False, zeros, groups,
+        grad,
+        x,
+        w,
+        None,
+        list(stride),
+        common,
+        list(dilation),
+        False,
+        zeros,
+        groups,
         [True, False, False],
     )[0]
     for axis, (size, low) in enumerate(zip(in_size, extra[::2][::-1], strict=True)):
@@ -97,6 +106,15 @@ def wgrad(
     )
     zeros = [0] * len(common)
     return torch.ops.aten.convolution_backward(
-        grad, x, w, None, list(stride), common, list(dilation), False, zeros, groups,
+        grad,
+        x,
+        w,
+        None,
+        list(stride),
+        common,
+        list(dilation),
+        False,
+        zeros,
+        groups,
         [False, True, False],
     )[1]

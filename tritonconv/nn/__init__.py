@@ -3,4 +3,4 @@
 from .conv import Conv2d
 from .convert import ConversionReport, Converted, Kept, convert, revert
 
-__all__ = ["ConversionReport", "Conv2d", "Converted", "Kept", "convert", "revert"]
+__all__ = ["Conv2d", "ConversionReport", "Converted", "Kept", "convert", "revert"]

@@ -109,7 +109,7 @@ class FoldedBatchNorm2d(nn.BatchNorm2d):
         return input
 
 
-class _FoldedActivation:
+class _FoldedActivation(nn.Module):
     """An activation that the preceding convolution computes: the identity."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -131,27 +131,28 @@ class FoldedConv2d(Conv2d):
         """Convolve, normalise and activate in one kernel."""
         return super().forward(input, *self._fold.operands())
 
+    def extra_repr(self) -> str:
+        """The constructor's arguments and what was folded."""
+        folded = " + ".join(type(module).__bases__[-1].__name__ for module in self._fold.modules)
+        return f"{nn.Conv2d.extra_repr(self)}, folds {folded}"
+
 
 class _Fold:
     """The epilogue of a folded convolution: ``activation(y · scale + shift)``."""
 
-    def __init__(self, norm: nn.BatchNorm2d | None, activation: nn.Module | None) -> None:
-        self.norm = norm
-        self.activation = activation
-        self.cached: tuple[Any, tuple[Tensor, Tensor]] | None = None
+    def __init__(self, modules: tuple[nn.Module, ...]) -> None:
+        self.modules = modules
+        self.norm = next((m for m in modules if isinstance(m, nn.BatchNorm2d)), None)
+        self.cached: tuple[Any, tuple[Tensor, Tensor], list[Tensor]] | None = None
 
     def epilogue(self) -> Callable[..., Tensor]:
-        activate = _ACTIVATIONS[type(self.activation)](self.activation) if self.activation else None
+        """The scalar function; call before the modules become identities."""
+        last = self.modules[-1]
+        activate = _ACTIVATIONS[type(last)](last) if type(last) in _ACTIVATIONS else None
         if self.norm is None:
             assert activate is not None
             return activate
-        if activate is None:
-            return _normalise
-
-        def normalise_and_activate(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-            return activate(y * scale + shift)
-
-        return normalise_and_activate
+        return functools.partial(_normalise_and_activate, activate) if activate else _normalise
 
     def operands(self) -> tuple[Tensor, ...]:
         """Scale and shift of every channel, computed again when the batch norm has changed."""
@@ -166,15 +167,23 @@ class _Fold:
         key = (norm.eps, *[(id(t), t._version, t.data_ptr(), t.dtype, t.device) for t in present])
         if self.cached is None or self.cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                self.cached = (key, _scale_and_shift(norm))
+                # Held, so that none of the identities and addresses in the key is given away.
+                held = [t.detach() for t in present] + present
+                self.cached = (key, _scale_and_shift(norm), held)
         return self.cached[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"norm": self.norm, "activation": self.activation, "cached": None}
+        return {"modules": self.modules, "norm": self.norm, "cached": None}
 
 
 def _normalise(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return y * scale + shift
+
+
+def _normalise_and_activate(
+    activate: Callable[[Tensor], Tensor], y: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
+    return activate(y * scale + shift)
 
 
 def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -253,7 +262,9 @@ def convert(model: nn.Module, *, fold: bool = False) -> ConversionReport:
     if not isinstance(model, nn.Module):
         raise bad_type("model", "a torch.nn.Module", type(model).__name__)
     if fold and model.training:
-        raise bad_value("fold", "a model in eval mode (model.eval()) with fold=True", "training mode")
+        raise bad_value(
+            "fold", "a model in eval mode (model.eval()) with fold=True", "training mode"
+        )
     kept = []
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
@@ -331,7 +342,9 @@ def _traces(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph | Exception]
 def _chains(model: nn.Module) -> tuple[dict[nn.Module, _Chain], str]:
     """The chain behind every traced convolution, and why the whole model was not traced."""
     paths = Counter(
-        module for _, module in model.named_modules(remove_duplicate=False) if not _container(module)
+        module
+        for _, module in model.named_modules(remove_duplicate=False)
+        if not _container(module)
     )
     chains: dict[nn.Module, _Chain] = {}
     untraced = ""
@@ -432,9 +445,7 @@ def _fold(
         return Converted(name, (), untraced or "not reached by the model's forward")
     if not chain.modules:
         return Converted(name, (), chain.end)
-    norm = next((m for m in chain.modules if isinstance(m, nn.BatchNorm2d)), None)
-    activation = next((m for m in chain.modules if type(m) in _ACTIVATIONS), None)
-    fold = _Fold(norm, activation)
+    fold = _Fold(chain.modules)
     conv.epilogue = fold.epilogue()
     # Kept out of the module tree: these modules have their own place in it.
     conv.__dict__.update({"_fold": fold})

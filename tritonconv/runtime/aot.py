@@ -53,7 +53,7 @@ _TYPE_NAMES: dict[torch.dtype, str] = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """Resources of one compiled kernel; registers and spills are None where no tool reports them."""
+    """Resources of one compiled kernel; None where no tool reports them."""
 
     name: str
     target: str

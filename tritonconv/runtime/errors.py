@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TritonConvError(Exception):
-    """Base of the errors raised by tritonconv; bad arguments are ``ValueError`` or ``TypeError`` too."""
+    """Base of tritonconv's errors; bad arguments are ``ValueError`` or ``TypeError`` too."""
 
 
 class ArgumentValueError(TritonConvError, ValueError):

@@ -7,7 +7,7 @@ launches the compiled kernel directly, with a pointer list patched into a prepar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,12 +40,9 @@ class _BoundCall:
                 self.template.append(None)
             else:
                 self.template.append(arg)
-        # The compiled kernel takes every parameter, constexprs included, in declaration order.
-        order = list(self.kernel.arg_names)[len(self.template) :]
-        self.tail = [self.constexprs[name] for name in order]
-        self.direct: Callable[..., None] | None = None
 
-    def arguments(self, values: list[Any]) -> list[Any]:
+    def arguments(self, values: Sequence[Any]) -> list[Any]:
+        """Run-time arguments in parameter order, slots replaced by ``values``."""
         args = self.template.copy()
         for index, slot in self.scalar_slots:
             args[index] = values[slot]
@@ -53,9 +50,34 @@ class _BoundCall:
             args[index] = tuple(values[slot] for slot in slots)
         return args
 
-    def dispatch(self, tensors: list[torch.Tensor]) -> Any:
+    def dispatch(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Launch through Triton's dispatcher and return the compiled kernel."""
         args = self.arguments(tensors)
         return self.kernel[self.grid](*args, **self.constexprs, **self.options)
+
+    def fast(self, launcher: Callable[..., None]) -> Callable[[list[int], int], None]:
+        """A function of (pointers, stream) that launches the compiled kernel directly."""
+        # The compiled kernel takes every parameter, constexprs included, in declaration order.
+        names = list(self.kernel.arg_names)[len(self.template) :]
+        tail = tuple([self.constexprs[name] for name in names])
+        grid_x, grid_y, grid_z = self.grid
+        leading = [slot for _, slot in self.scalar_slots]
+        plain = not self.tuple_slots and [i for i, _ in self.scalar_slots] == list(
+            range(len(leading))
+        )
+        if plain:
+            # Pointers first, then what never changes: no list is patched per launch.
+            rest = (*self.template[len(leading) :], *tail)
+
+            def launch_plain(pointers: list[int], stream: int) -> None:
+                launcher(grid_x, grid_y, grid_z, stream, [*[pointers[k] for k in leading], *rest])
+
+            return launch_plain
+
+        def launch(pointers: list[int], stream: int) -> None:
+            launcher(grid_x, grid_y, grid_z, stream, [*self.arguments(pointers), *tail])
+
+        return launch
 
 
 class Executable:
@@ -69,32 +91,35 @@ class Executable:
         position = {name: index for index, name in enumerate(names)}
         self.zeroed = tuple(position[name] for name in plan.zeroed)
         self.calls = [_BoundCall(call, position) for call in plan.calls if 0 not in call.grid]
-        self.ready = False
+        self._fast: Callable[[list[int], int], None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls go straight to the compiled kernels."""
+        return self._fast is not None
 
     def __call__(self, *tensors: torch.Tensor) -> None:
-        held = list(tensors)
-        device = held[0].device
-        for space in self.workspaces:
-            held.append(torch.empty(space.shape, dtype=space.dtype, device=device))
-        for index in self.zeroed:
-            held[index].zero_()
-        if self.ready:
+        """Run the plan; outputs are written in place."""
+        held: Sequence[torch.Tensor] = tensors
+        device = tensors[0].device
+        if self.workspaces or self.zeroed:
+            held = list(tensors)
+            for space in self.workspaces:
+                held.append(torch.empty(space.shape, dtype=space.dtype, device=device))
+            for index in self.zeroed:
+                held[index].zero_()
+        if self._fast is not None:
             pointers = [tensor.data_ptr() for tensor in held]
             merged = 0
             for pointer in pointers:
                 merged |= pointer
             index = device.index
             if not merged & _ALIGNMENT_MASK and index == torch._C._cuda_getDevice():
-                stream = torch._C._cuda_getCurrentRawStream(index)
-                for call in self.calls:
-                    grid = call.grid
-                    args = call.arguments(pointers)
-                    args += call.tail
-                    call.direct(grid[0], grid[1], grid[2], stream, args)  # type: ignore[misc]
+                self._fast(pointers, torch._C._cuda_getCurrentRawStream(index))
                 return
         self._dispatch(held, device)
 
-    def _dispatch(self, held: list[torch.Tensor], device: torch.device) -> None:
+    def _dispatch(self, held: Sequence[torch.Tensor], device: torch.device) -> None:
         if device.type != "cuda":
             for call in self.calls:
                 call.dispatch(held)
@@ -107,6 +132,16 @@ class Executable:
             return
         launchers = [direct_launcher(kernel) for kernel in compiled]
         if all(launcher is not None for launcher in launchers):
-            for call, launcher in zip(self.calls, launchers, strict=True):
-                call.direct = launcher
-            self.ready = True
+            steps = [
+                call.fast(launcher)  # type: ignore[arg-type]
+                for call, launcher in zip(self.calls, launchers, strict=True)
+            ]
+            self._fast = steps[0] if len(steps) == 1 else _in_turn(steps)
+
+
+def _in_turn(steps: list[Callable[[list[int], int], None]]) -> Callable[[list[int], int], None]:
+    def run(pointers: list[int], stream: int) -> None:
+        for step in steps:
+            step(pointers, stream)
+
+    return run

@@ -7,12 +7,64 @@ differentiable wherever they are called from: eager code, ``torch.compile``, ``t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("tritonconv", "DEF")
+
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+def plain(x: Any) -> bool:
+    """Whether a call on this tensor can skip PyTorch's dispatcher without anyone noticing.
+
+    True in ordinary eager code: no ``torch.compile``, no dispatch mode (fake tensors, selective
+    checkpointing, profiling modes), no ``torch.func`` transform, no forward-mode level, no tensor
+    subclass. A hop through the dispatcher into a Python kernel costs the host 10 µs.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in PLAIN_TYPES
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not x.is_meta
+    )
+
+
+class Op:
+    """An operator of this library: callable like its overload, cheaper where that is allowed."""
+
+    def __init__(
+        self,
+        overload: Any,
+        implementation: Callable[..., Any],
+        autograd: Callable[..., Any],
+        probe: Callable[[tuple[Any, ...]], Any],
+    ) -> None:
+        self.overload = overload
+        self.probe = probe
+        self.implementation = implementation
+        self.autograd = autograd
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the operator, differentiably."""
+        if torch.compiler.is_compiling() or not plain(self.probe(args)):
+            return self.overload(*args)
+        if torch.is_grad_enabled() and _requires_grad(args):
+            return self.autograd(*args)
+        return self.implementation(*args)
+
+    def below_autograd(self, *args: Any) -> Any:
+        """Run the implementation from inside the operator's own ``Function.forward``."""
+        if plain(self.probe(args)):
+            return self.implementation(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
 
 def define(
@@ -21,8 +73,9 @@ def define(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Callable[..., Any],
-) -> Any:
-    """Define ``tritonconv::name`` and return its overload.
+    probe: Callable[[tuple[Any, ...]], Any] = operator.itemgetter(0),
+) -> Op:
+    """Define ``tritonconv::name``.
 
     Args:
         name: operator name.
@@ -31,6 +84,7 @@ def define(
         fake: computes shapes, dtypes and strides for ``torch.compile``.
         autograd: kernel for the Autograd key, called with the operator's arguments when some
             input requires a gradient; typically ends in ``Function.apply``.
+        probe: picks a tensor of the call from its arguments, to see what kind of call it is.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
@@ -45,20 +99,14 @@ def define(
             return overload(*args)
 
     LIBRARY.impl(name, autograd_kernel, "Autograd")
-    return overload
+    return Op(overload, implementation, autograd, probe)
 
 
-def _requires_grad(args: tuple[Any, ...]) -> bool:
+def _requires_grad(args: Sequence[Any]) -> bool:
     for arg in args:
         if isinstance(arg, torch.Tensor):
             if arg.requires_grad:
                 return True
-        elif isinstance(arg, (list, tuple)) and _requires_grad(tuple(arg)):
+        elif type(arg) in (list, tuple) and _requires_grad(arg):
             return True
     return False
-
-
-def below_autograd(overload: Any, *args: Any) -> Any:
-    """Call an operator's implementation from inside its ``Function.forward``."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return overload(*args)

@@ -58,14 +58,14 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "backend",
         "TRITONCONV_BACKEND",
-        "auto (Triton for GPU tensors and under TRITON_INTERPRET=1, PyTorch otherwise), triton, torch",
+        "auto (Triton on GPUs and under TRITON_INTERPRET=1, PyTorch elsewhere), triton, torch",
         "auto",
         _choice("auto", "triton", "torch"),
     ),
     Setting(
         "autotune",
         "TRITONCONV_AUTOTUNE",
-        "lookup (use tuned tables), tune (tune a problem when it is first met), off (defaults only)",
+        "lookup (use tuned tables), tune (tune a problem when first met), off (defaults only)",
         "lookup",
         _choice("lookup", "tune", "off"),
     ),

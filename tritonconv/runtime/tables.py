@@ -461,7 +461,16 @@ def _settings_changed() -> None:
 
 
 settings.watch(
-    ("autotune", "cache_dir", "cache_path", "deterministic", "device_name"), _settings_changed
+    (
+        "autotune",
+        "backend",
+        "cache_dir",
+        "cache_path",
+        "deterministic",
+        "device_name",
+        "fast_launch",
+    ),
+    _settings_changed,
 )
 
 

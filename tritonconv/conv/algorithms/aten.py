@@ -52,9 +52,7 @@ class Aten(Algorithm):
         """PyTorch launches its own kernels."""
         return None
 
-    def compute(
-        self, problem: ConvProblem, tensors: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def compute(self, problem: ConvProblem, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The product in a tensor of PyTorch's own, without the epilogue."""
         pads = [(low, _high_pad(problem, axis, low)) for axis, low in enumerate(problem.padding)]
         first, second, _ = slot_names(problem.direction)

@@ -72,7 +72,7 @@ def _depthwise_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y[n, o, p, q] = Σ_{r,s} x[n, o // multiplier, p·stride + r·dilation − pad, …] · w[o, r, s]."""
+    """y[n, o, p, q] = Σ_{r,s} x[n, o // multiplier, p·stride + r·dilation − pad, …] · w[o]."""
     tiles_c = tl.cdiv(filters, BLOCK_C)
     tile_p = tl.program_id(0) // tiles_c
     tile_c = tl.program_id(0) % tiles_c
@@ -168,7 +168,10 @@ def _depthwise_dgrad_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_x[n, c, h, w] = Σ_{j,r,s} grad_y[n, c·multiplier + j, (h + pad − r·dilation) / stride, …] · w."""
+    """grad_x[n, c, h, w] = Σ_{j,r,s} grad_y[n, c·multiplier + j, p, q] · w[c·multiplier + j, r, s].
+
+    (p, q) = (h + pad − r·dilation, …) / stride where that is exact and in range.
+    """
     tiles_c = tl.cdiv(channels, BLOCK_C)
     tile_p = tl.program_id(0) // tiles_c
     tile_c = tl.program_id(0) % tiles_c
@@ -254,7 +257,7 @@ def _depthwise_wgrad_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partial[split, o, (r, s)] = Σ_{pixels of split} grad_y[n, o, p, q] · x[n, o // multiplier, …]."""
+    """partial[split, o, (r, s)] = Σ over the pixels of a split of grad_y[n, o, p, q] · x[n, …]."""
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     tap = tl.program_id(1)
     r = tap // KERNEL_W
@@ -287,12 +290,8 @@ def _depthwise_wgrad_kernel(
         y_rows = image * y_stride_n + row * y_stride_h + column * y_stride_w
         x_rows = image * x_stride_n + in_row * x_stride_h + in_column * x_stride_w
         mask = mask_x[:, None] & mask_c[None, :]
-        grad = tl.load(
-            grad_ptr + y_rows[:, None] + (o * y_stride_c)[None, :], mask=mask, other=0.0
-        )
-        x = tl.load(
-            x_ptr + x_rows[:, None] + (channel * x_stride_c)[None, :], mask=mask, other=0.0
-        )
+        grad = tl.load(grad_ptr + y_rows[:, None] + (o * y_stride_c)[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + x_rows[:, None] + (channel * x_stride_c)[None, :], mask=mask, other=0.0)
         acc += grad.to(tl.float32) * x.to(tl.float32)
     offsets = split.to(tl.int64) * (filters * TAPS) + o * TAPS + tap
     tl.store(partial_ptr + offsets, tl.sum(acc, axis=0), mask=mask_c)

@@ -7,7 +7,7 @@ meet the phase are visited (no zero work). Gradient of the weight: rows are outp
 columns (tap, channel), the reduction over pixels is split, and partial sums are added in a fixed
 order by a second kernel: no atomics.
 
-Technique: implicit GEMM as in CUTLASS (https://github.com/NVIDIA/cutlass, implicit_gemm_convolution).
+Technique: implicit GEMM as CUTLASS describes it (https://github.com/NVIDIA/cutlass).
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def conv_forward_kernel(
     group = tl.program_id(1)
     pixels = batch * out_height * out_width
     tiles_n = tl.cdiv(FILTERS, BLOCK_N)
-    tile_m, tile_n = grouped_tile(
-        tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tiles_n, GROUP_M
-    )
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tiles_n, GROUP_M)
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = m < pixels
@@ -207,7 +205,9 @@ def conv_dgrad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """grad_x[n, c, h, w] = Σ_{o,r,s} grad_y[n, o, (h + pad − r·dilation) / stride, …] · w[o, c, r, s].
+    """grad_x[n, c, h, w] = Σ_{o,r,s} grad_y[n, o, p, q] · w[o, c, r, s].
+
+    (p, q) = (h + pad − r·dilation, …) / stride where that is exact and in range.
 
     Programs of one phase serve input pixels with equal residue modulo the stride; the taps that
     meet them are first, first + STEP, … with STEP = stride / gcd(stride, dilation).
@@ -655,7 +655,13 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
     default = _config(problem, device, block_m, block_n, block_k, warps, 3)
     space = [default]
     if problem.precision == "ieee" and wide_type:
-        tiles = [(64, 64, 16, 4), (128, 64, 16, 8), (64, 32, 32, 4), (32, 64, 16, 4), (32, 32, 32, 4)]
+        tiles = [
+            (64, 64, 16, 4),
+            (128, 64, 16, 8),
+            (64, 32, 32, 4),
+            (32, 64, 16, 4),
+            (32, 32, 32, 4),
+        ]
     else:
         tiles = [
             (128, 128, 64, 8),

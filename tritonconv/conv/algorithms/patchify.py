@@ -198,6 +198,4 @@ class Patchify(Algorithm):
                 problem.out_size, problem.kernel, problem.in_size, strict=True
             )
         )
-        return LaunchPlan(
-            (call,), slot_dtypes(problem), zeroed=() if covered else ("grad_input",)
-        )
+        return LaunchPlan((call,), slot_dtypes(problem), zeroed=() if covered else ("grad_input",))
