@@ -197,7 +197,7 @@ _DTYPES: tuple[torch.dtype, ...] = (
 )
 """Dtypes by the number that stands for them in the operator's schema.
 
-    """Dtypes by the number that stands for them in the schema."""
+In torch 2.11 ``ScalarType[]`` reaches Python kernels as bare integers, so the schema has ``int[]``.
 """
 
 
