@@ -1,0 +1,223 @@
+"""Every algorithm in every direction against PyTorch in float64, called by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from tritonconv.conv.dispatch import OPERATORS, make_runner
+from tritonconv.conv.problem import ConvProblem, Direction
+from tritonconv.runtime.accuracy import check
+from tritonconv.runtime.device import device_facts
+from tritonconv.runtime.operators import Config
+from tritonconv.runtime.tables import Choice, Tier
+
+from .cases import KINDS, PROBLEMS, Fields
+
+pytestmark = pytest.mark.interpreter
+
+LAYOUTS = ("contiguous", "channels_last")
+DTYPES = {
+    "float16": dict(dtype="float16"),
+    "bfloat16": dict(dtype="bfloat16"),
+    "tf32": dict(dtype="float32", precision="tf32"),
+    "tf32x3": dict(dtype="float32", precision="tf32x3"),
+    "float64": dict(dtype="float64"),
+}
+
+
+def served(
+    names: tuple[str, ...] = tuple(PROBLEMS), *, kernels_only: bool = False
+) -> list[tuple[str, Direction, str]]:
+    """(problem, direction, algorithm) for everything that some algorithm serves."""
+    return [
+        (name, direction, algorithm.name)
+        for (direction, rank), operator in OPERATORS.items()
+        if rank == 2
+        for name in names
+        for algorithm in operator.candidates(operator.parse(PROBLEMS[name]))
+        if not (kernels_only and algorithm.name == "aten")
+    ]
+
+
+def ids(value: object) -> str:
+    return str(value)
+
+
+def run_and_check(
+    fields: Fields,
+    direction: Direction,
+    name: str,
+    device: torch.device,
+    config: Config | None = None,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Run one algorithm on fresh tensors whose outputs hold NaN, and judge every output."""
+    operator = OPERATORS[direction, 2]
+    problem = operator.parse(fields)
+    assert isinstance(problem, ConvProblem)
+    algorithm = operator.algorithm(name)
+    if config is None:
+        config = algorithm.configs(problem, device_facts())[0]
+    tensors = operator.make_tensors(problem, device, torch.Generator(device).manual_seed(seed))
+    inputs = {k: t.clone() for k, t in tensors.items() if k not in operator.outputs(problem)}
+    exact = operator.reference(problem, tensors, torch.float64)
+    plain = operator.reference(problem, tensors, problem.dtype)
+    run = make_runner(problem, Choice(name, config, Tier.DEFAULT))
+    run(*tensors.values())
+    for output in operator.outputs(problem):
+        verdict = check(tensors[output], exact[output], plain[output], dtype=problem.dtype)
+        assert verdict.ok, f"{problem} {name} {config} {output}: {verdict}"
+    for key, before in inputs.items():
+        assert torch.equal(tensors[key], before), f"{name} wrote to its operand {key}"
+    return {output: tensors[output] for output in operator.outputs(problem)}
+
+
+@pytest.mark.parametrize(("case", "direction", "algorithm"), served(), ids=ids)
+def test_default_config(
+    case: str, direction: Direction, algorithm: str, device: torch.device
+) -> None:
+    # Both layouts of every problem cost twice the time; the parity of its name picks one.
+    layout = LAYOUTS[len(case) % 2]
+    run_and_check({**PROBLEMS[case], "layout": layout}, direction, algorithm, device)
+
+
+@pytest.mark.parametrize(
+    "layouts", [("channels_last", "contiguous"), ("contiguous", "channels_last")], ids="-".join
+)
+@pytest.mark.parametrize(
+    ("case", "direction", "algorithm"), served(KINDS, kernels_only=True), ids=ids
+)
+def test_layouts(
+    case: str, direction: Direction, algorithm: str, layouts: tuple[str, str], device: torch.device
+) -> None:
+    fields = {**PROBLEMS[case], "layout": layouts[0], "weight_layout": layouts[1]}
+    run_and_check(fields, direction, algorithm, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("case", "direction"), [(c, d) for c in KINDS for d in Direction], ids=ids)
+def test_dtypes(case: str, direction: Direction, dtype: str, device: torch.device) -> None:
+    fields = {**PROBLEMS[case], **DTYPES[dtype]}
+    operator = OPERATORS[direction, 2]
+    names = [a.name for a in operator.candidates(operator.parse(fields))]
+    assert names == ["aten"] if dtype == "float64" else len(names) >= 1
+    for name in names:
+        run_and_check(fields, direction, name, device)
+
+
+def other_configs(algorithm: object, problem: ConvProblem) -> list[Config]:
+    """A few configs unlike the default: of the space, and with split reductions."""
+    space = algorithm.configs(problem, device_facts())  # type: ignore[attr-defined]
+    first, last = space[0], space[-1]
+    chosen = [last, space[len(space) // 2]]
+    fields = {field.name for field in dataclasses.fields(first)}
+    if {"block_m", "block_n", "block_k"} <= fields:
+        chosen.append(dataclasses.replace(first, block_m=16, block_n=16, block_k=16))
+        chosen.append(dataclasses.replace(first, block_m=64, block_n=32, block_k=64, group_m=1))
+    for split in {"split_k", "split"} & fields:
+        if problem.direction is Direction.WGRAD:
+            chosen += [dataclasses.replace(first, **{split: count}) for count in (2, 3, 999)]
+    return [c for k, c in enumerate(chosen) if c != first and c not in chosen[:k]]
+
+
+@pytest.mark.parametrize(
+    ("case", "direction", "algorithm"), served(KINDS, kernels_only=True), ids=ids
+)
+def test_other_configs(
+    case: str, direction: Direction, algorithm: str, device: torch.device
+) -> None:
+    operator = OPERATORS[direction, 2]
+    problem = operator.parse(PROBLEMS[case])
+    configs = other_configs(operator.algorithm(algorithm), problem)
+    assert configs
+    for config in configs:
+        run_and_check(PROBLEMS[case], direction, algorithm, device, config)
+
+
+@pytest.mark.parametrize(
+    ("case", "direction", "algorithm"), served(KINDS, kernels_only=True), ids=ids
+)
+def test_64_bit_offsets(
+    case: str,
+    direction: Direction,
+    algorithm: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ConvProblem, "wide", property(lambda self: True))
+    more = {"epilogue": "fused"} if direction is Direction.FORWARD else {}
+    run_and_check({**PROBLEMS[case], **more}, direction, algorithm, device)
+
+
+@pytest.mark.parametrize("epilogue", ["fused", "fused+acc"])
+@pytest.mark.parametrize(
+    ("case", "algorithm"),
+    [
+        (case, algorithm)
+        for case, direction, algorithm in served(KINDS)
+        if direction is Direction.FORWARD
+    ],
+    ids=ids,
+)
+def test_fused_bias_and_relu(
+    case: str, algorithm: str, epilogue: str, device: torch.device
+) -> None:
+    fields = {**PROBLEMS[case], "epilogue": epilogue, "dtype": "bfloat16"}
+    outputs = run_and_check(fields, Direction.FORWARD, algorithm, device)
+    assert set(outputs) == {"output", "acc"} if "acc" in epilogue else {"output"}
+
+
+@pytest.mark.parametrize(
+    ("case", "direction", "algorithm"), served(KINDS, kernels_only=True), ids=ids
+)
+def test_the_same_bits_twice(
+    case: str, direction: Direction, algorithm: str, device: torch.device
+) -> None:
+    operator = OPERATORS[direction, 2]
+    config = operator.algorithm(algorithm).configs(operator.parse(PROBLEMS[case]), device_facts())[
+        0
+    ]
+    if direction is Direction.WGRAD:
+        (split,) = {"split_k", "split"} & set(config.as_dict())
+        config = dataclasses.replace(config, **{split: 2})
+    first, second = (
+        run_and_check(PROBLEMS[case], direction, algorithm, device, config) for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_algorithm_is_exercised_in_every_direction_it_has() -> None:
+    met = {(direction, algorithm) for _, direction, algorithm in served(KINDS)}
+    names = {a.name for operator in OPERATORS.values() for a in operator.algorithms}
+    missing = {(d, a) for d in Direction for a in names} - met
+    assert missing <= {(Direction.DGRAD, "few_channel")}
+
+
+@pytest.mark.parametrize(
+    "case", ["3x3", "stride 3x2, kernel 2x3", "groups, stride 2", "patches with a rest"]
+)
+def test_the_operators_reference_is_pytorchs_convolution(case: str) -> None:
+    results = {}
+    for direction in Direction:
+        operator = OPERATORS[direction, 2]
+        problem = operator.parse({**PROBLEMS[case], "dtype": "float64"})
+        tensors = operator.make_tensors(
+            problem, torch.device("cpu"), torch.Generator().manual_seed(3)
+        )
+        results[direction] = tensors, operator.reference(problem, tensors, torch.float64)
+    x = results[Direction.WGRAD][0]["input"].requires_grad_()
+    w = results[Direction.DGRAD][0]["weight"].requires_grad_()
+    geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    y = torch.nn.functional.conv2d(x, w, None, *geometry)
+    (grad_x,) = torch.autograd.grad(
+        y, x, results[Direction.DGRAD][0]["grad_output"], retain_graph=True
+    )
+    (grad_w,) = torch.autograd.grad(y, w, results[Direction.WGRAD][0]["grad_output"])
+    torch.testing.assert_close(results[Direction.DGRAD][1]["grad_input"], grad_x)
+    torch.testing.assert_close(results[Direction.WGRAD][1]["grad_weight"], grad_w)
+    tensors, found = results[Direction.FORWARD]
+    expected = torch.nn.functional.conv2d(tensors["input"], tensors["weight"], None, *geometry)
+    torch.testing.assert_close(found["output"], expected)
