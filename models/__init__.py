@@ -1,1 +1,1 @@
-
+"""Networks built on the library's kernels, one file per paper."""

@@ -1,1 +1,1 @@
-
+"""Packaged tuned tables: ``v1/<environment>/<operator>/<problem>.json``."""

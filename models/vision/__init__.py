@@ -1,1 +1,1 @@
-
+"""Networks for images."""

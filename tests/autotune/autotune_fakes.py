@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 import triton
 import triton.language as tl
+
 from tritonconv.autotune.measure import CandidateError, NumericCheck, Policy
 from tritonconv.autotune.search import Failure, Status
 from tritonconv.autotune.space import Candidate
-
 from tritonconv.runtime.accuracy import Accuracy
 from tritonconv.runtime.device import DeviceFacts, nominal_device
 from tritonconv.runtime.errors import bad_value

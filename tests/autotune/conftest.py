@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from autotune_fakes import Scale
-from tritonconv.autotune import tune
 
+from tritonconv.autotune import tune
 from tritonconv.runtime import operators, tables
 from tritonconv.runtime.settings import settings
 

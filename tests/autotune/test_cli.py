@@ -10,10 +10,10 @@ import pytest
 import torch
 from autotune_fakes import PlaybackLab, Scale, ScaleProblem, Wrong, table_of
 from torch import nn
-from tritonconv.autotune.cli import app
-from tritonconv.autotune.tune import TuningStoppedError, tune
 from typer.testing import CliRunner
 
+from tritonconv.autotune.cli import app
+from tritonconv.autotune.tune import TuningStoppedError, tune
 from tritonconv.runtime import tables
 from tritonconv.runtime.device import nominal_device
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from autotune_fakes import Aten, Fine, OnTorch, Scale, ScaleProblem, VariantConfig, Vector, Wrong
+
 from tritonconv.autotune.bench import TORCH, TUNED, bench
 from tritonconv.autotune.measure import (
     CandidateError,
@@ -19,7 +20,6 @@ from tritonconv.autotune.measure import (
 )
 from tritonconv.autotune.space import Candidate
 from tritonconv.autotune.tune import Options, Result, tune
-
 from tritonconv.runtime import tables
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Tier, tuned_table

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from tritonconv.autotune import quickstart
 from tritonconv.autotune.cli import app
 from tritonconv.autotune.interpret import InterpreterError, interpret
-from typer.testing import CliRunner
 
 missing = [name for name in ("matplotlib", "PIL") if importlib.util.find_spec(name) is None]
 pytestmark = [

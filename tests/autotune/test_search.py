@@ -4,11 +4,11 @@ import random
 
 import pytest
 from autotune_fakes import Aten, Fine, PlaybackTimer, Scale, ScaleProblem, VariantConfig
+
 from tritonconv.autotune.choose import choose, half_width, is_tied
 from tritonconv.autotune.measure import first_round, summarize, take_turns
 from tritonconv.autotune.search import Budget, Effort, Failure, Status, schedule, search
 from tritonconv.autotune.space import Space, space
-
 from tritonconv.runtime.device import nominal_device
 from tritonconv.runtime.tables import Timing
 

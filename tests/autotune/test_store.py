@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from autotune_fakes import Scale, ScaleProblem
-from tritonconv.autotune.store import Store, elect, merge
 
+from tritonconv.autotune.store import Store, elect, merge
 from tritonconv.runtime import tables
 from tritonconv.runtime.device import nominal_device
 from tritonconv.runtime.tables import Entry, Tier, Timing, Trial, environment, tuned_table

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tritonconv.autotune.suites import load_shapes, load_suite, parse_shape, suite_names
 
 import tritonconv  # noqa: F401  # registers the operators
+from tritonconv.autotune.suites import load_shapes, load_suite, parse_shape, suite_names
 from tritonconv.runtime.errors import ArgumentValueError
 from tritonconv.runtime.operators import get_operator
 

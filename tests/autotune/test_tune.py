@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from autotune_fakes import BROKEN, Aten, Fine, PlaybackLab, Scale, ScaleProblem, Wrong, table_of
+
 from tritonconv.autotune.measure import DeviceLostError
 from tritonconv.autotune.search import Effort, Failure, Outcome, Status
 from tritonconv.autotune.space import Candidate
@@ -20,7 +21,6 @@ from tritonconv.autotune.tune import (
     TuningStoppedError,
     tune,
 )
-
 from tritonconv.runtime import tables
 from tritonconv.runtime.tables import Tier, tuned_table
 

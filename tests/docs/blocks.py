@@ -36,8 +36,8 @@ class Block:
 
     @property
     def runs(self) -> bool:
-        """Whether the block is run; one that needs a GPU or includes a file is compiled."""
-        return "GPU" not in self.title and "--8<--" not in self.text
+        """Whether the block is run; one that needs a GPU is only compiled."""
+        return "GPU" not in self.title
 
 
 def blocks(page: Path) -> Iterator[Block]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from tritonconv.models.vision import attention_unet
 from tritonconv.models.vision.attention_unet import (
     AttentionUNet,

@@ -4,6 +4,7 @@ import doctest
 
 import pytest
 import torch
+
 from tritonconv.models.vision import dice
 from tritonconv.models.vision.dice import SoftDiceLoss, dice_score, soft_dice_loss
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from tritonconv.models.data import segmentation
 from tritonconv.models.data.segmentation import (
     MissingExtraError,

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+
 from tritonconv.models.data.segmentation import (
     SegmentationData,
     SegmentationDataset,
