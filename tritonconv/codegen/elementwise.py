@@ -377,7 +377,8 @@ def _elementwise_autograd(
     channels_last: bool,
 ) -> list[Tensor]:
     return list(
-        _Elementwise.apply(
+        library.apply_function(
+            _Elementwise,
             function,
             list(shape),
             len(elements),

@@ -12,6 +12,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -367,6 +368,11 @@ def trace_graph(
     decompositions: dict[Any, Any] | None = None,
 ) -> fx.Graph:
     """``make_fx`` of a function of 0-d tensors of these dtypes, whatever modes are active."""
+    if torch._C._are_functorch_transforms_active():
+        # A torch.func transform that is under way would wrap the scalars of the trace. Transforms
+        # belong to a thread: another one is free of them.
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            return executor.submit(trace_graph, function, dtypes, decompositions).result()
     with _LOCK, _disable_current_modes(), torch.autocast("cpu", enabled=False):
         inputs = [torch.zeros((), dtype=dtype) for dtype in dtypes]
         traced = make_fx(function, decomposition_table=decompositions, tracing_mode="fake")(*inputs)

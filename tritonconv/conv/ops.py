@@ -11,6 +11,7 @@ function's generated derivative (``tritonconv::elementwise``) and then the two p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -472,21 +473,21 @@ CONV = library.define(
     f"(Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor",
     _conv,
     _conv_fake,
-    _Conv.apply,
+    functools.partial(library.apply_function, _Conv),
 )
 CONV_DGRAD = library.define(
     "conv_dgrad",
     f"(Tensor grad_output, Tensor weight, SymInt[] in_size, {_GEOMETRY}) -> Tensor",
     _dgrad,
     _dgrad_fake,
-    _Dgrad.apply,
+    functools.partial(library.apply_function, _Dgrad),
 )
 CONV_WGRAD = library.define(
     "conv_wgrad",
     f"(Tensor grad_output, Tensor input, SymInt[] kernel, {_GEOMETRY}) -> Tensor",
     _wgrad,
     _wgrad_fake,
-    _Wgrad.apply,
+    functools.partial(library.apply_function, _Wgrad),
 )
 
 
@@ -742,8 +743,8 @@ def _epilogue_autograd(
     needs += [t.requires_grad for t in (*operands, *captures)]
     wrt = _wanted(program, needs)
     save_acc = bool(wrt) and "acc" in program.vjp(wrt).live
-    result = _ConvEpilogue.apply(
-        function, geometry, save_acc, len(operands), x, w, *operands, *captures
+    result = library.apply_function(
+        _ConvEpilogue, function, geometry, save_acc, len(operands), x, w, *operands, *captures
     )
     return result[0] if save_acc else result
 
@@ -756,7 +757,9 @@ def _epilogue_acc_autograd(
     function: str,
     *geometry: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _ConvEpilogue.apply(function, geometry, True, len(operands), x, w, *operands, *captures)
+    return library.apply_function(
+        _ConvEpilogue, function, geometry, True, len(operands), x, w, *operands, *captures
+    )
 
 
 _EPILOGUE = f"Tensor[] operands, Tensor[] captures, str function, {_GEOMETRY}"

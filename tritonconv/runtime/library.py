@@ -7,14 +7,24 @@ differentiable wherever they are called from: eager code, ``torch.compile``, ``t
 
 from __future__ import annotations
 
+import functools
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from .errors import TritonConvError
+
 LIBRARY = torch.library.Library("tritonconv", "DEF")
+
+
+class ForwardModeError(TritonConvError, NotImplementedError):
+    """Forward-mode differentiation was asked for; a tangent is never dropped silently."""
+
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
@@ -83,7 +93,7 @@ def define(
         implementation: computes the result for CPU and CUDA tensors.
         fake: computes shapes, dtypes and strides for ``torch.compile``.
         autograd: kernel for the Autograd key, called with the operator's arguments when some
-            input requires a gradient; typically ends in ``Function.apply``.
+            input requires a gradient; typically ends in :func:`apply_function`.
         probe: picks a tensor of the call from its arguments, to see what kind of call it is.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -93,13 +103,68 @@ def define(
     overload = getattr(torch.ops.tritonconv, name).default
 
     def autograd_kernel(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and _has_tangent(args):
+            raise ForwardModeError(
+                f"tritonconv::{name} has no forward-mode derivative (jvp, jacfwd); "
+                "use reverse mode (grad, vjp, jacrev), which composes to any order"
+            )
         if torch.is_grad_enabled() and _requires_grad(args):
             return autograd(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
     LIBRARY.impl(name, autograd_kernel, "Autograd")
+    torch.library.register_vmap(
+        f"tritonconv::{name}", functools.partial(_one_by_one, name, overload), lib=LIBRARY
+    )
     return Op(overload, implementation, autograd, probe)
+
+
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)`` for use inside a kernel of the Autograd key.
+
+    ``Function.apply`` would hand the call to ``torch.func`` again while a transform is under way;
+    at the Autograd key the transform has been taken off already, and what is left is autograd.
+    """
+    apply = super(torch.autograd.Function, function).apply
+    if not torch._C._are_functorch_transforms_active():
+        return apply(*args)
+    with enable_single_level_autograd_function():
+        return apply(*args)
+
+
+def _one_by_one(name: str, overload: Any, info: Any, in_dims: Any, *args: Any) -> Any:
+    """Batching rule of every operator: one call per batch element, and say so."""
+    warnings.warn(
+        f"tritonconv::{name} has no batching rule: torch.func.vmap runs it once for each of the "
+        f"{info.batch_size} batch elements, one after the other. Where the weight is shared, put "
+        "the batch into the input's own batch axis instead.",
+        stacklevel=2,
+    )
+
+    def pick(arg: Any, dim: Any, index: int) -> Any:
+        if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [pick(a, d, index) for a, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, index)
+
+    results = [
+        overload(*[pick(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)])
+        for index in range(info.batch_size)
+    ]
+    if isinstance(results[0], torch.Tensor):
+        return torch.stack(results), 0
+    stacked = [torch.stack(column) for column in zip(*results, strict=True)]
+    return type(results[0])(stacked), type(results[0])([0] * len(stacked))
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if forward_ad.unpack_dual(arg).tangent is not None:
+                return True
+        elif type(arg) in (list, tuple) and _has_tangent(arg):
+            return True
+    return False
 
 
 def _requires_grad(args: Sequence[Any]) -> bool:

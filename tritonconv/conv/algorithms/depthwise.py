@@ -256,12 +256,13 @@ def _depthwise_wgrad_kernel(
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """partial[split, o, (r, s)] = Σ over the pixels of a split of grad_y[n, o, p, q] · x[n, …]."""
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    tap = tl.program_id(1)
-    r = tap // KERNEL_W
-    s = tap % KERNEL_W
+    # One row of taps shares the gradient that is loaded: a third axis of the tile.
+    s = tl.arange(0, BLOCK_S)
+    r = tl.program_id(1)
     split = tl.program_id(2)
     o = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = o < filters
@@ -272,7 +273,7 @@ def _depthwise_wgrad_kernel(
     if WIDE:
         o = o.to(tl.int64)
         channel = channel.to(tl.int64)
-    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    acc = tl.zeros((BLOCK_S, BLOCK_P, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         mask_p = p < last
@@ -283,18 +284,27 @@ def _depthwise_wgrad_kernel(
             image = image.to(tl.int64)
             row = row.to(tl.int64)
             column = column.to(tl.int64)
-        in_row = row * STRIDE_H - PAD_H + r * DILATION_H
-        in_column = column * STRIDE_W - PAD_W + s * DILATION_W
-        mask_x = mask_p & (in_row >= 0) & (in_row < height)
-        mask_x = mask_x & (in_column >= 0) & (in_column < width)
         y_rows = image * y_stride_n + row * y_stride_h + column * y_stride_w
-        x_rows = image * x_stride_n + in_row * x_stride_h + in_column * x_stride_w
-        mask = mask_x[:, None] & mask_c[None, :]
-        grad = tl.load(grad_ptr + y_rows[:, None] + (o * y_stride_c)[None, :], mask=mask, other=0.0)
-        x = tl.load(x_ptr + x_rows[:, None] + (channel * x_stride_c)[None, :], mask=mask, other=0.0)
-        acc += grad.to(tl.float32) * x.to(tl.float32)
-    offsets = split.to(tl.int64) * (filters * TAPS) + o * TAPS + tap
-    tl.store(partial_ptr + offsets, tl.sum(acc, axis=0), mask=mask_c)
+        grad = tl.load(
+            grad_ptr + y_rows[:, None] + (o * y_stride_c)[None, :],
+            mask=mask_p[:, None] & mask_c[None, :],
+            other=0.0,
+        )
+        in_row = row * STRIDE_H - PAD_H + r * DILATION_H
+        in_column = (column * STRIDE_W - PAD_W)[None, :] + (s * DILATION_W)[:, None]
+        mask_x = (mask_p & (in_row >= 0) & (in_row < height))[None, :] & (s < KERNEL_W)[:, None]
+        mask_x = mask_x & (in_column >= 0) & (in_column < width)
+        x_rows = (image * x_stride_n + in_row * x_stride_h)[None, :] + in_column * x_stride_w
+        x = tl.load(
+            x_ptr + x_rows[:, :, None] + (channel * x_stride_c)[None, None, :],
+            mask=mask_x[:, :, None] & mask_c[None, None, :],
+            other=0.0,
+        )
+        acc += grad.to(tl.float32)[None, :, :] * x.to(tl.float32)
+    offsets = split.to(tl.int64) * (filters * TAPS) + (o * TAPS)[None, :]
+    offsets += (r * KERNEL_W + s)[:, None]
+    mask = (s < KERNEL_W)[:, None] & mask_c[None, :]
+    tl.store(partial_ptr + offsets, tl.sum(acc, axis=1), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -324,8 +334,13 @@ class Depthwise(Algorithm):
         channels = max(1, triton.next_power_of_2(problem.out_channels))
         if problem.x_layout == "contiguous":
             shapes = [(256, 1), (512, 1), (1024, 1), (128, 1), (128, 4), (256, 4)]
+            if problem.direction is Direction.WGRAD:
+                shapes = [(128, 1), (256, 1), (512, 1), (64, 4), (128, 4)]
         else:
-            shapes = [(32, 64), (16, 64), (64, 32), (16, 128), (8, 128), (64, 64), (128, 32)]
+            # Long columns of pixels: a thread loads its weights one by one and amortises them.
+            shapes = [(64, 64), (32, 64), (128, 64), (128, 32), (64, 32), (16, 128), (256, 32)]
+            if problem.direction is Direction.WGRAD:
+                shapes = [(16, 64), (32, 64), (8, 64), (32, 32), (16, 32), (8, 128), (64, 32)]
         space: list[DepthwiseConfig] = []
         for block_p, block_c in shapes:
             width = min(block_c, channels)
@@ -340,7 +355,7 @@ class Depthwise(Algorithm):
     def _split(problem: ConvProblem, block_c: int, device: DeviceFacts) -> int:
         if problem.direction is not Direction.WGRAD:
             return 1
-        programs = problem.taps * triton.cdiv(problem.out_channels, block_c)
+        programs = problem.kernel[0] * triton.cdiv(problem.out_channels, block_c)
         wanted = max(1, 4 * device.sm_count // programs)
         return min(wanted, max(1, problem.out_pixels // 512), 1024)
 
@@ -415,7 +430,7 @@ class Depthwise(Algorithm):
         splits = max(1, triton.cdiv(problem.out_pixels, per_split))
         call = KernelCall(
             _depthwise_wgrad_kernel,
-            (triton.cdiv(problem.out_channels, config.block_c), problem.taps, splits),
+            (triton.cdiv(problem.out_channels, config.block_c), problem.kernel[0], splits),
             (
                 Slot("grad_output"),
                 Slot("input"),
@@ -424,7 +439,7 @@ class Depthwise(Algorithm):
                 problem.out_channels,
                 per_split,
             ),
-            constexprs,
+            {**constexprs, "BLOCK_S": triton.next_power_of_2(problem.kernel[1])},
             config.num_warps,
         )
         space = Workspace("partial", (splits, problem.out_channels, problem.taps), torch.float32)

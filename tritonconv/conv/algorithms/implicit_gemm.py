@@ -606,23 +606,31 @@ def power_of_two(value: int, low: int, high: int) -> int:
     return max(low, min(high, triton.next_power_of_2(value)))
 
 
+_TENSOR_RATE = 4e14
+"""Multiply-adds × 2 per second of a full GPU, for weighing compute against the partial sums."""
+_MEMORY_RATE = 3e12
+"""Bytes per second, likewise: both orders of magnitude only, of an H100."""
+
+
 def wgrad_split(problem: ConvProblem, block_m: int, block_n: int, sm_count: int) -> int:
-    """Splits of the pixels that fill the GPU with little left over in the last wave."""
+    """Splits of the pixels: fill the GPU, but every split writes and reads the weight once more."""
     columns = problem.taps * problem.channels_per_group
     tiles = problem.groups * triton.cdiv(problem.filters_per_group, block_m)
     tiles *= triton.cdiv(columns, block_n)
     # Gathered columns are latency-bound and want more programs in flight than whole rows.
-    waves = 1 if problem.channels_per_group % block_n == 0 else 4
-    slots = 2 * sm_count
-    most = max(1, min(problem.out_pixels // 256, 1024, triton.cdiv(waves * slots, tiles) + 8))
+    gathered = problem.channels_per_group % 16 != 0
+    slots = (8 if gathered else 2) * sm_count
+    most = max(1, min(problem.out_pixels // 256, 1024, triton.cdiv(slots, tiles) + 8))
+    weight_bytes = 4 * problem.out_channels * columns
+    compute = problem.flops() / _TENSOR_RATE
 
-    def score(split: int) -> float:
+    def seconds(split: int) -> float:
         programs = tiles * split
         used = programs / (triton.cdiv(programs, slots) * slots)
-        # Every further split writes and reads the whole weight once more.
-        return used - 0.004 * split * tiles / slots
+        partials = 2 * split * weight_bytes / _MEMORY_RATE if split > 1 else 0.0
+        return compute / used + partials
 
-    return max(range(1, most + 1), key=lambda split: (score(split), -split))
+    return min(range(1, most + 1), key=lambda split: (seconds(split), split))
 
 
 def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConfig]:
@@ -631,8 +639,9 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
     wide_type = problem.dtype is torch.float32
     n_max = 64 if wide_type else 128
     if problem.direction is Direction.WGRAD and problem.channels_per_group % 16 == 0:
-        # A column tile inside one tap is loaded in whole rows.
-        n_max = math.gcd(problem.channels_per_group, n_max)
+        # A column tile inside one tap, or over taps of a contiguous row, is loaded in wide pieces.
+        if not flat_rows(problem):
+            n_max = math.gcd(problem.channels_per_group, n_max)
     block_n = power_of_two(columns, 16, n_max)
     depth_max = 32 if wide_type else 64
     block_k = power_of_two(depth, 16, depth_max)
@@ -640,9 +649,9 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
     if problem.direction is Direction.WGRAD:
         # Splitting the reduction fills the GPU; small tiles would only re-read the operands.
         block_m = min(block_m, 64 if wide_type else 128)
-        if not flat_rows(problem) or problem.channels_per_group % 16:
+        if problem.channels_per_group % 16 and (needs_bounds(problem) or not flat_rows(problem)):
             # Columns gathered one by one cost registers: keep the tile small.
-            block_n = min(block_n, 64 if problem.channels_per_group % 16 else 128)
+            block_n = min(block_n, 64)
     else:
         floor = device.sm_count
         while block_m > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor:
@@ -682,7 +691,7 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
     for tile_m, tile_n, tile_k, tile_warps in tiles:
         if tile_n >= 2 * triton.next_power_of_2(max(columns, 16)):
             continue
-        if problem.direction is Direction.WGRAD and tile_n > max(n_max, 16) and n_max != 128:
+        if problem.direction is Direction.WGRAD and n_max < tile_n and not flat_rows(problem):
             continue
         if tile_m >= 2 * triton.next_power_of_2(max(rows, 16)):
             continue
