@@ -319,7 +319,7 @@ def _elementwise_fake(
     ]
 
 
-class _Elementwise(torch.autograd.Function):
+class _Elementwise(library.OpFunction):
     """``tritonconv::elementwise`` with a gradient that is the same operator again."""
 
     @staticmethod
@@ -377,8 +377,7 @@ def _elementwise_autograd(
     channels_last: bool,
 ) -> list[Tensor]:
     return list(
-        library.apply_function(
-            _Elementwise,
+        _Elementwise.apply(
             function,
             list(shape),
             len(elements),

@@ -11,7 +11,6 @@ function's generated derivative (``tritonconv::elementwise``) and then the two p
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -398,7 +397,7 @@ def _wgrad_fake(
     return _empty(shape, grad.dtype, grad.device, is_channels_last(x))
 
 
-class _Conv(torch.autograd.Function):
+class _Conv(library.OpFunction):
     """y = conv(x, w)."""
 
     @staticmethod
@@ -422,7 +421,7 @@ class _Conv(torch.autograd.Function):
         return (grad_x, grad_w) + (None,) * len(ctx.geometry)
 
 
-class _Dgrad(torch.autograd.Function):
+class _Dgrad(library.OpFunction):
     """x = dgrad(g, w): the adjoint of conv in x."""
 
     @staticmethod
@@ -445,7 +444,7 @@ class _Dgrad(torch.autograd.Function):
         return (grad_grad, grad_w, None) + (None,) * len(ctx.geometry)
 
 
-class _Wgrad(torch.autograd.Function):
+class _Wgrad(library.OpFunction):
     """w = wgrad(g, x): the adjoint of conv in w."""
 
     @staticmethod
@@ -473,21 +472,21 @@ CONV = library.define(
     f"(Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor",
     _conv,
     _conv_fake,
-    functools.partial(library.apply_function, _Conv),
+    _Conv.apply,
 )
 CONV_DGRAD = library.define(
     "conv_dgrad",
     f"(Tensor grad_output, Tensor weight, SymInt[] in_size, {_GEOMETRY}) -> Tensor",
     _dgrad,
     _dgrad_fake,
-    functools.partial(library.apply_function, _Dgrad),
+    _Dgrad.apply,
 )
 CONV_WGRAD = library.define(
     "conv_wgrad",
     f"(Tensor grad_output, Tensor input, SymInt[] kernel, {_GEOMETRY}) -> Tensor",
     _wgrad,
     _wgrad_fake,
-    functools.partial(library.apply_function, _Wgrad),
+    _Wgrad.apply,
 )
 
 
@@ -659,15 +658,19 @@ def _as_elements(program: Program) -> Program:
 
 def _wanted(program: Program, needs: Sequence[bool]) -> tuple[str, ...]:
     """Names to differentiate by: ``needs`` has acc, then operands, then captures."""
-    operands = [a.name for a in program.arguments if a.role is not Role.COORD]
-    wrt = [name for name, need in zip(operands, needs, strict=False) if need]
+    operands = [a for a in program.arguments if a.role is not Role.COORD]
+    wrt = [
+        a.name
+        for a, need in zip(operands, needs, strict=False)
+        if need and a.dtype.is_floating_point
+    ]
     for k, load in enumerate(program.loads):
         if needs[len(operands) + load.capture] and load.dtype.is_floating_point:
             wrt.append(f"load:{k}")
     return tuple(wrt)
 
 
-class _ConvEpilogue(torch.autograd.Function):
+class _ConvEpilogue(library.OpFunction):
     """y = f(conv(x, w), …); returns (y, acc) when f's gradient reads the accumulator.
 
     The accumulator is a differentiable output: a second derivative reaches x and w through it.
@@ -741,10 +744,13 @@ def _epilogue_autograd(
     program = program_of(function)
     needs = [x.requires_grad or w.requires_grad]
     needs += [t.requires_grad for t in (*operands, *captures)]
+    if torch._C._are_functorch_transforms_active():
+        # What an outer transform differentiates by does not show at this level.
+        needs = [True] * len(needs)
     wrt = _wanted(program, needs)
     save_acc = bool(wrt) and "acc" in program.vjp(wrt).live
-    result = library.apply_function(
-        _ConvEpilogue, function, geometry, save_acc, len(operands), x, w, *operands, *captures
+    result = _ConvEpilogue.apply(
+        function, geometry, save_acc, len(operands), x, w, *operands, *captures
     )
     return result[0] if save_acc else result
 
@@ -757,9 +763,7 @@ def _epilogue_acc_autograd(
     function: str,
     *geometry: Any,
 ) -> tuple[Tensor, Tensor]:
-    return library.apply_function(
-        _ConvEpilogue, function, geometry, True, len(operands), x, w, *operands, *captures
-    )
+    return _ConvEpilogue.apply(function, geometry, True, len(operands), x, w, *operands, *captures)
 
 
 _EPILOGUE = f"Tensor[] operands, Tensor[] captures, str function, {_GEOMETRY}"

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from .errors import TritonConvError
@@ -63,7 +62,13 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator, differentiably."""
-        if torch.compiler.is_compiling() or not plain(self.probe(args)):
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if torch._C._are_functorch_transforms_active():
+            # Transforms nest around an autograd.Function, not around a kernel of the Autograd key.
+            _refuse_tangents(str(self.overload), args)
+            return self.autograd(*args)
+        if not plain(self.probe(args)):
             return self.overload(*args)
         if torch.is_grad_enabled() and _requires_grad(args):
             return self.autograd(*args)
@@ -93,7 +98,7 @@ def define(
         implementation: computes the result for CPU and CUDA tensors.
         fake: computes shapes, dtypes and strides for ``torch.compile``.
         autograd: kernel for the Autograd key, called with the operator's arguments when some
-            input requires a gradient; typically ends in :func:`apply_function`.
+            input requires a gradient; typically ends in ``Function.apply``.
         probe: picks a tensor of the call from its arguments, to see what kind of call it is.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -103,11 +108,7 @@ def define(
     overload = getattr(torch.ops.tritonconv, name).default
 
     def autograd_kernel(*args: Any) -> Any:
-        if forward_ad._current_level >= 0 and _has_tangent(args):
-            raise ForwardModeError(
-                f"tritonconv::{name} has no forward-mode derivative (jvp, jacfwd); "
-                "use reverse mode (grad, vjp, jacrev), which composes to any order"
-            )
+        _refuse_tangents(name, args)
         if torch.is_grad_enabled() and _requires_grad(args):
             return autograd(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -120,23 +121,19 @@ def define(
     return Op(overload, implementation, autograd, probe)
 
 
-def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)`` for use inside a kernel of the Autograd key.
+class OpFunction(torch.autograd.Function):
+    """Base of the operators' autograd functions: batched by ``torch.func.vmap`` one by one."""
 
-    ``Function.apply`` would hand the call to ``torch.func`` again while a transform is under way;
-    at the Autograd key the transform has been taken off already, and what is left is autograd.
-    """
-    apply = super(torch.autograd.Function, function).apply
-    if not torch._C._are_functorch_transforms_active():
-        return apply(*args)
-    with enable_single_level_autograd_function():
-        return apply(*args)
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
+        """Batching rule: one call per batch element, and say so."""
+        return _one_by_one(cls.__name__.lstrip("_"), cls.apply, info, in_dims, *args)
 
 
-def _one_by_one(name: str, overload: Any, info: Any, in_dims: Any, *args: Any) -> Any:
+def _one_by_one(name: str, call: Callable[..., Any], info: Any, in_dims: Any, *args: Any) -> Any:
     """Batching rule of every operator: one call per batch element, and say so."""
     warnings.warn(
-        f"tritonconv::{name} has no batching rule: torch.func.vmap runs it once for each of the "
+        f"tritonconv {name} has no batching rule: torch.func.vmap runs it once for each of the "
         f"{info.batch_size} batch elements, one after the other. Where the weight is shared, put "
         "the batch into the input's own batch axis instead.",
         stacklevel=2,
@@ -148,13 +145,21 @@ def _one_by_one(name: str, overload: Any, info: Any, in_dims: Any, *args: Any) -
         return arg if dim is None else arg.select(dim, index)
 
     results = [
-        overload(*[pick(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)])
+        call(*[pick(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)])
         for index in range(info.batch_size)
     ]
     if isinstance(results[0], torch.Tensor):
         return torch.stack(results), 0
     stacked = [torch.stack(column) for column in zip(*results, strict=True)]
     return type(results[0])(stacked), type(results[0])([0] * len(stacked))
+
+
+def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    if forward_ad._current_level >= 0 and _has_tangent(args):
+        raise ForwardModeError(
+            f"{name} has no forward-mode derivative (jvp, jacfwd); "
+            "use reverse mode (grad, vjp, jacrev), which composes to any order"
+        )
 
 
 def _has_tangent(args: Sequence[Any]) -> bool:
