@@ -6,28 +6,34 @@ from typing import Any
 
 Fields = dict[str, Any]
 
+
+def fields(**values: Any) -> Fields:
+    """Named values of one problem."""
+    return values
+
+
 PROBLEMS: dict[str, Fields] = {
-    "3x3": dict(N=2, C=10, M=7, H=5, W=7, K=3, P=1),
-    "few channels": dict(N=2, C=3, M=5, H=6, W=5, K=3, P=1),
-    "stem 7x7 stride 2": dict(N=1, C=3, M=4, H=13, W=11, K=7, S=2, P=3),
-    "stride 2": dict(N=1, C=9, M=6, H=7, W=8, K=3, S=2, P=1),
-    "stride 3x2, kernel 2x3": dict(N=1, C=4, M=5, H=9, W=8, K="2x3", S="3x2"),
-    "kernel below stride": dict(N=1, C=9, M=4, H=8, W=7, K=1, S=2),
-    "dilation 2": dict(N=1, C=9, M=4, H=7, W=8, K=3, P=2, dilation=2),
-    "stride 2, dilation 2": dict(N=1, C=9, M=4, H=9, W=8, K=3, S=2, P=2, dilation=2),
-    "stride 4, dilation 6": dict(N=1, C=9, M=4, H=15, W=14, K=3, S=4, P=1, dilation=6),
-    "large padding": dict(N=1, C=9, M=4, H=4, W=3, K=3, P="4x3"),
-    "1x1": dict(N=2, C=17, M=9, H=5, W=7, K=1),
-    "1x1 map": dict(N=3, C=9, M=4, H=1, W=1, K=3, P=1),
-    "patches": dict(N=2, C=3, M=6, H=8, W=12, K=4, S=4),
-    "patches with a rest": dict(N=1, C=9, M=6, H=7, W=9, K="2x3", S="2x3"),
-    "groups": dict(N=1, C=8, M=6, H=5, W=7, K=3, P=1, G=2),
-    "groups, stride 2": dict(N=1, C=12, M=20, H=5, W=7, K=3, S=2, P=1, G=4),
-    "depthwise": dict(N=2, C=6, M=6, H=5, W=7, K=3, P=1, G=6),
-    "depthwise, multiplier, stride 2": dict(N=1, C=5, M=10, H=7, W=6, K="3x2", S=2, P=1, G=5),
-    "depthwise, dilation": dict(N=1, C=3, M=3, H=9, W=8, K=3, P=2, dilation=2, G=3),
-    "one of everything": dict(N=1, C=1, M=1, H=1, W=1, K=1),
-    "row of 63": dict(N=1, C=9, M=3, H=1, W=63, K="1x3"),
+    "3x3": fields(N=2, C=10, M=7, H=5, W=7, K=3, P=1),
+    "few channels": fields(N=2, C=3, M=5, H=6, W=5, K=3, P=1),
+    "stem 7x7 stride 2": fields(N=1, C=3, M=4, H=13, W=11, K=7, S=2, P=3),
+    "stride 2": fields(N=1, C=9, M=6, H=7, W=8, K=3, S=2, P=1),
+    "stride 3x2, kernel 2x3": fields(N=1, C=4, M=5, H=9, W=8, K="2x3", S="3x2"),
+    "kernel below stride": fields(N=1, C=9, M=4, H=8, W=7, K=1, S=2),
+    "dilation 2": fields(N=1, C=9, M=4, H=7, W=8, K=3, P=2, dilation=2),
+    "stride 2, dilation 2": fields(N=1, C=9, M=4, H=9, W=8, K=3, S=2, P=2, dilation=2),
+    "stride 4, dilation 6": fields(N=1, C=9, M=4, H=15, W=14, K=3, S=4, P=1, dilation=6),
+    "large padding": fields(N=1, C=9, M=4, H=4, W=3, K=3, P="4x3"),
+    "1x1": fields(N=2, C=17, M=9, H=5, W=7, K=1),
+    "1x1 map": fields(N=3, C=9, M=4, H=1, W=1, K=3, P=1),
+    "patches": fields(N=2, C=3, M=6, H=8, W=12, K=4, S=4),
+    "patches with a rest": fields(N=1, C=9, M=6, H=7, W=9, K="2x3", S="2x3"),
+    "groups": fields(N=1, C=8, M=6, H=5, W=7, K=3, P=1, G=2),
+    "groups, stride 2": fields(N=1, C=12, M=20, H=5, W=7, K=3, S=2, P=1, G=4),
+    "depthwise": fields(N=2, C=6, M=6, H=5, W=7, K=3, P=1, G=6),
+    "depthwise, multiplier, stride 2": fields(N=1, C=5, M=10, H=7, W=6, K="3x2", S=2, P=1, G=5),
+    "depthwise, dilation": fields(N=1, C=3, M=3, H=9, W=8, K=3, P=2, dilation=2, G=3),
+    "one of everything": fields(N=1, C=1, M=1, H=1, W=1, K=1),
+    "row of 63": fields(N=1, C=9, M=3, H=1, W=63, K="1x3"),
 }
 
 # One per algorithm, for the longer products with dtypes and configs.

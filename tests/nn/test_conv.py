@@ -8,7 +8,7 @@ import torch
 import tritonconv as tc
 
 CASES = {
-    "plain": dict(),
+    "plain": {},
     "no bias": dict(bias=False),
     "stride": dict(stride=2, padding=1),
     "same": dict(padding="same", kernel_size=(2, 4)),

@@ -1,9 +1,10 @@
-"""Conversion of whole models: what is swapped and folded, that results stay, that revert is exact."""
+"""Conversion of models: what is swapped and folded, that results stay, that revert is exact."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ X = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
 def test_results_gradients_and_state_stay(model_type: type[nn.Module], fold: bool) -> None:
     model = trained(model_type())
     plain = copy.deepcopy(model)
-    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    state = dict(model.state_dict(keep_vars=True).items())
     parameters = list(model.parameters())
     modules = dict(model.named_modules())
     report = convert(model, fold=fold)
@@ -334,7 +335,7 @@ def test_what_is_kept_says_why(case: tuple) -> None:
     assert [row.name for row in report.converted] == ["1"]
     (row,) = report.kept
     assert row.name == "0" and type(model[0]) is kind
-    assert __import__("re").search(reason, row.reason)
+    assert re.search(reason, row.reason)
     assert row.reason in str(report) and "1 converted, 1 kept" in str(report)
 
 
@@ -411,5 +412,5 @@ def test_folded_on_the_kernels(device: torch.device) -> None:
 
 @pytest.mark.parametrize("function", [convert, revert])
 def test_no_module(function) -> None:
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
         function(3)
