@@ -33,6 +33,13 @@ LAYERS = {"interpreter": "interpreter", "aot": "ahead of time", "gpu": "gpu"}
 _outcomes: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in LAYERS}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--aot-everything`` compiles all configs and dtypes for all targets: ten minutes."""
+    parser.addoption(
+        "--aot-everything", action="store_true", help="compile all cases ahead of time"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Kernel tests run on the GPU that is there; tests of a GPU that is not there are skipped."""
