@@ -40,6 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker of tests that need much memory or time."""
+    config.addinivalue_line("markers", "slow: takes much memory or time")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Kernel tests run on the GPU that is there; tests of a GPU that is not there are skipped."""

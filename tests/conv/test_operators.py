@@ -41,9 +41,9 @@ class Recorder(TorchDispatchMode):
         return [str(func).split(".")[1] for func, _ in self.calls]
 
 
-def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+def leaves(*shapes: tuple[int, ...], device: torch.device | None = None) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+    return [torch.randn(s, generator=generator).to(device).requires_grad_() for s in shapes]
 
 
 def fused(x: Tensor, w: Tensor, b: Tensor, r: Tensor, slope: Tensor, **options: Any) -> Tensor:
@@ -66,9 +66,9 @@ def plain_fused(x: Tensor, w: Tensor, b: Tensor, r: Tensor, slope: Tensor) -> Te
 FUSED_SHAPES = ((2, 3, 5, 4), (4, 3, 3, 3), (4,), (2, 4, 5, 4), (4,))
 
 
-def recorded() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def recorded(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """One call of every operator: of the forward pass, a first and a second derivative."""
-    x, w, *_ = inputs = leaves(*FUSED_SHAPES)
+    x, w, *_ = inputs = leaves(*FUSED_SHAPES, device=device)
     with Recorder() as recorder:
         gradients(functools.partial(tc.conv2d, padding=1), (x, w), 2)
         gradients(fused, inputs, 2)
@@ -96,11 +96,11 @@ def operator_names() -> list[str]:
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no grad"])
 @pytest.mark.parametrize("name", operator_names())
-def test_opcheck(name: str, requires_grad: bool, kernels: bool) -> None:
+def test_opcheck(name: str, requires_grad: bool, kernels: bool, device: torch.device) -> None:
     # opcheck compares with memory that other calls filled: NaN has no place in it.
     torch.use_deterministic_algorithms(False)
     with tc.backend("auto" if kernels else "torch"):
-        func, args = recorded()[name]
+        func, args = recorded(device)[name]
         torch.library.opcheck(func, _clone(args, requires_grad))
 
 
@@ -202,7 +202,7 @@ def test_compiled_results_keep_the_memory_format() -> None:
 
 @pytest.mark.interpreter
 def test_autocast(device: torch.device) -> None:
-    inputs = [t.to(device).detach().requires_grad_() for t in leaves(*FUSED_SHAPES)]
+    inputs = leaves(*FUSED_SHAPES, device=device)
     with torch.autocast(device.type, torch.bfloat16):
         result = fused(*inputs)
         bare = tc.conv2d(inputs[0], inputs[1])
