@@ -377,7 +377,7 @@ def _elementwise_autograd(
     channels_last: bool,
 ) -> list[Tensor]:
     return list(
-        _Elementwise.apply(
+        _Elementwise.run(
             function,
             list(shape),
             len(elements),

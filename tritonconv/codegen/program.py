@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -429,7 +430,8 @@ def _evaluate_with_torch(
         torch.as_tensor(value, device=device).to(argument.dtype)
         for value, argument in zip(arguments, program.arguments, strict=True)
     ]
-    shape = torch.broadcast_shapes(*(v.shape for v in values))
+    # torch.broadcast_shapes goes through symbolic shapes and costs ten times as much.
+    shape = np.broadcast_shapes(*(v.shape for v in values))
     # A 0-d tensor would take part in type promotion as a scalar; in the traced program all
     # operands have the same standing, so every value here has at least one dimension.
     values = [v.reshape(1) if v.dim() == 0 else v for v in values]

@@ -192,12 +192,15 @@ def apply_with_torch(
     key: str, acc: Tensor, operands: Sequence[Tensor], captures: Sequence[Tensor]
 ) -> Tensor:
     """A registered epilogue evaluated by PyTorch on a whole accumulator."""
+    program = program_of(key)
     coordinates = [
         torch.arange(size, dtype=torch.int32, device=acc.device).reshape(
             [size if axis == k else 1 for k in range(acc.dim())]
         )
-        for axis, size in enumerate(acc.shape)
+        if name in program.live
+        else 0
+        for axis, (name, size) in enumerate(zip(COORDINATES[acc.dim() - 2], acc.shape, strict=True))
     ]
-    result = ScalarFunction(program_of(key), tuple(captures))(acc, *operands, *coordinates)
+    result = ScalarFunction(program, tuple(captures))(acc, *operands, *coordinates)
     assert isinstance(result, Tensor)
     return result.to(acc.dtype)

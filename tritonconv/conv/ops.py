@@ -11,6 +11,7 @@ function's generated derivative (``tritonconv::elementwise``) and then the two p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -472,21 +473,21 @@ CONV = library.define(
     f"(Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor",
     _conv,
     _conv_fake,
-    _Conv.apply,
+    _Conv.run,
 )
 CONV_DGRAD = library.define(
     "conv_dgrad",
     f"(Tensor grad_output, Tensor weight, SymInt[] in_size, {_GEOMETRY}) -> Tensor",
     _dgrad,
     _dgrad_fake,
-    _Dgrad.apply,
+    _Dgrad.run,
 )
 CONV_WGRAD = library.define(
     "conv_wgrad",
     f"(Tensor grad_output, Tensor input, SymInt[] kernel, {_GEOMETRY}) -> Tensor",
     _wgrad,
     _wgrad_fake,
-    _Wgrad.apply,
+    _Wgrad.run,
 )
 
 
@@ -651,6 +652,7 @@ def _conv_epilogue_acc_fake(
     return _conv_fake(x, w, *geometry), _conv_fake(x, w, *geometry)
 
 
+@functools.cache
 def _as_elements(program: Program) -> Program:
     """The epilogue read from memory: its accumulator is an operand like the others."""
     return ScalarFunction(program, ()).with_roles(acc=Role.ELEMENT).program
@@ -749,7 +751,7 @@ def _epilogue_autograd(
         needs = [True] * len(needs)
     wrt = _wanted(program, needs)
     save_acc = bool(wrt) and "acc" in program.vjp(wrt).live
-    result = _ConvEpilogue.apply(
+    result = _ConvEpilogue.run(
         function, geometry, save_acc, len(operands), x, w, *operands, *captures
     )
     return result[0] if save_acc else result
@@ -763,7 +765,7 @@ def _epilogue_acc_autograd(
     function: str,
     *geometry: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _ConvEpilogue.apply(function, geometry, True, len(operands), x, w, *operands, *captures)
+    return _ConvEpilogue.run(function, geometry, True, len(operands), x, w, *operands, *captures)
 
 
 _EPILOGUE = f"Tensor[] operands, Tensor[] captures, str function, {_GEOMETRY}"

@@ -98,7 +98,7 @@ def define(
         implementation: computes the result for CPU and CUDA tensors.
         fake: computes shapes, dtypes and strides for ``torch.compile``.
         autograd: kernel for the Autograd key, called with the operator's arguments when some
-            input requires a gradient; typically ends in ``Function.apply``.
+            input requires a gradient; typically ends in :meth:`OpFunction.run`.
         probe: picks a tensor of the call from its arguments, to see what kind of call it is.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -122,7 +122,14 @@ def define(
 
 
 class OpFunction(torch.autograd.Function):
-    """Base of the operators' autograd functions: batched by ``torch.func.vmap`` one by one."""
+    """Base of the operators' autograd functions."""
+
+    @classmethod
+    def run(cls, *args: Any) -> Any:
+        """``apply`` without its per-call inspection of the signature: all arguments are given."""
+        if torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:

@@ -91,6 +91,13 @@ TABLE: tuple[Setting, ...] = (
         _flag,
     ),
     Setting(
+        "atomics",
+        "TRITONCONV_ATOMICS",
+        "let PyTorch's kernels sum in an order that differs from run to run where that is faster",
+        False,
+        _flag,
+    ),
+    Setting(
         "device_name",
         "TRITONCONV_DEVICE_NAME",
         "look tuned entries up under this device name instead of the GPU's own",

@@ -17,19 +17,23 @@ from ...codegen.registry import program_of
 from ...runtime.device import DeviceFacts
 from ...runtime.operators import Algorithm, Config
 from ...runtime.plan import LaunchPlan
+from ...runtime.settings import settings
 from .. import pytorch
 from ..problem import ConvProblem, Direction
 from .common import slot_names
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
+def _cudnn(allow_tf32: bool) -> Iterator[None]:
+    """cuDNN as the library promises it: the asked precision, and sums in a fixed order."""
+    backend = torch.backends.cudnn
+    before = backend.allow_tf32, backend.deterministic
+    backend.allow_tf32 = allow_tf32
+    backend.deterministic = before[1] or not settings.atomics
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        backend.allow_tf32, backend.deterministic = before
 
 
 class Aten(Algorithm):
@@ -58,7 +62,7 @@ class Aten(Algorithm):
         first, second, _ = slot_names(problem.direction)
         geometry = (problem.stride, pads, problem.dilation, problem.groups)
         a, b = tensors[first], tensors[second]
-        with _tf32(problem.precision != "ieee"):
+        with _cudnn(problem.precision != "ieee"):
             if problem.direction is Direction.FORWARD:
                 return pytorch.forward(a, b, None, *geometry)
             if problem.direction is Direction.DGRAD:

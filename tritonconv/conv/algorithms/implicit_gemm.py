@@ -639,9 +639,8 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
     wide_type = problem.dtype is torch.float32
     n_max = 64 if wide_type else 128
     if problem.direction is Direction.WGRAD and problem.channels_per_group % 16 == 0:
-        # A column tile inside one tap, or over taps of a contiguous row, is loaded in wide pieces.
-        if not flat_rows(problem):
-            n_max = math.gcd(problem.channels_per_group, n_max)
+        # A column tile inside one tap is loaded in whole rows under a mask of one axis.
+        n_max = math.gcd(problem.channels_per_group, n_max)
     block_n = power_of_two(columns, 16, n_max)
     depth_max = 32 if wide_type else 64
     block_k = power_of_two(depth, 16, depth_max)
