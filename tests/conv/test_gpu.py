@@ -201,10 +201,9 @@ def test_offsets_beyond_32_bits(case: str) -> None:
     (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(y[:1, :1, :1, :1]).expand_as(y))
     del leaves
     groups = options.get("groups", 1)
+    whole = slice(None)
     if x_shape[0] > 1:  # the first and the last image
-        parts = [
-            (slice(None), slice(None), image, options) for image in (slice(1), slice(-1, None))
-        ]
+        parts = [(whole, whole, image, options) for image in (slice(1), slice(-1, None))]
     else:  # the first and the last group of channels
         options = {**options, "groups": 1}
         parts = []
