@@ -41,7 +41,8 @@ def test_every_algorithm_compiles(target: str, compiled: dict[str, Future[Any]])
 
 
 # Spilled bytes of the defaults that do spill; all others must not.
-SPILLS: dict[tuple[str, str], int] = {}
+# Triton 3.9 spills a little here and 3.6 nothing; the tile was the fastest measured on an H100.
+SPILLS: dict[tuple[str, str], int] = {("forward", "patchify"): 64}
 
 
 def test_defaults_do_not_spill_on_an_h100(compiled: dict[str, Future[Any]]) -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from ..runtime.compat import interpreter_tensor, interpreting, repair_interpreter
+from ..runtime.compat import interpreter_tensor, interpreting
 
 _INTERPRETED = interpreting()
 
@@ -36,7 +36,6 @@ def _host(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if _INTERPRETED:
-    repair_interpreter()
     import numpy as _np
     import torch as _torch
 

@@ -541,7 +541,7 @@ lerp.Scalar lerp.Tensor addcmul addcdiv xlogy.Tensor xlogy.Scalar_Other xlogy.Sc
 logaddexp2 nan_to_num heaviside square sinc special_entr special_xlog1py deg2rad rad2deg
 _prelu_kernel _prelu_kernel_backward infinitely_differentiable_gelu_backward
 float_power.Tensor_Scalar float_power.Tensor_Tensor mse_loss huber_loss smooth_l1_loss isclose
-softshrink_backward hardshrink_backward rrelu_with_noise_functional
+softshrink_backward hardshrink_backward
 """
 
 

@@ -11,7 +11,13 @@ import torch
 from ..runtime import library, tables
 from ..runtime.errors import bad_type, bad_value
 from . import ops
-from .epilogue import epilogue_captures, epilogue_key, static_identity
+from .epilogue import (
+    apply_to_whole,
+    epilogue_captures,
+    epilogue_key,
+    made_in_compiled_code,
+    static_identity,
+)
 from .problem import PRECISIONS, output_size
 
 Tensor = torch.Tensor
@@ -69,10 +75,16 @@ def default_precision() -> str:
     return "tf32" if allowed and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def _check(x: Tensor, w: Tensor, bias: Tensor | None, rank: int, groups: int) -> None:
-    for name, tensor in (("input", x), ("weight", w)):
-        if not isinstance(tensor, Tensor):
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_tensors(x: Tensor, w: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("input", x), ("weight", w), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
             raise bad_type(name, "a tensor", type(tensor).__name__)
+
+
+def _check(x: Tensor, w: Tensor, bias: Tensor | None, rank: int, groups: int) -> None:
     if w.dim() != rank + 2:
         axes = "out_channels, in_channels / groups, *kernel"
         raise bad_value("weight", f"{rank + 2} dimensions ({axes})", tuple(w.shape))
@@ -86,7 +98,7 @@ def _check(x: Tensor, w: Tensor, bias: Tensor | None, rank: int, groups: int) ->
             f"{w.shape[1] * groups} channels (weight {tuple(w.shape)}, groups {groups})",
             f"{x.shape[1]} channels in {tuple(x.shape)}",
         )
-    if not x.dtype.is_floating_point:
+    if x.dtype not in _DTYPES:
         raise bad_type("input", "float16, bfloat16, float32 or float64", x.dtype)
     for name, tensor in (("weight", w), ("bias", bias)):
         if tensor is None:
@@ -99,15 +111,16 @@ def _check(x: Tensor, w: Tensor, bias: Tensor | None, rank: int, groups: int) ->
         raise bad_value("bias", f"shape ({w.shape[0]},)", tuple(bias.shape))
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Under autocast operands take its dtype, as PyTorch's own convolution does."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return (x, *others)
+    if x.device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(x.device.type):
+        return x, w, bias
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (x, *others)
-    )
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.dtype in _DTYPES and t.dtype != torch.float64 else t
+
+    return cast(x), cast(w), None if bias is None else cast(bias)
 
 
 def _conv(
@@ -142,7 +155,8 @@ def _conv(
         raise bad_value(
             "input", f"{rank + 2} dimensions (batch, channels, *spatial)", tuple(x.shape)
         )
-    x, w, bias = _autocast(x, w, bias)  # type: ignore[assignment]
+    _check_tensors(x, w, bias)
+    x, w, bias = _autocast(x, w, bias)
     _check(x, w, bias, rank, groups)
     strides = _ints(stride, rank, "stride", 1)
     dilations = _ints(dilation, rank, "dilation", 1)
@@ -157,9 +171,11 @@ def _conv(
                 tuple(x.shape),
             )
     geometry = (strides, pads, dilations, groups, _precision(precision, x.dtype))
+    if not isinstance(epilogue_args, (tuple, list)):
+        raise bad_type("epilogue_args", "a tuple of tensors", type(epilogue_args).__name__)
+    if epilogue is None and epilogue_args:
+        raise bad_value("epilogue_args", "none without an epilogue", f"{len(epilogue_args)}")
     if epilogue is None and bias is None:
-        if epilogue_args:
-            raise bad_value("epilogue_args", "none without an epilogue", f"{len(epilogue_args)}")
         y = ops.CONV(x, w, *geometry)
         function = None
     else:
@@ -237,6 +253,8 @@ def _call_key(
     gradients = x.requires_grad or w.requires_grad
     extra: Any = None
     if bias is not None:
+        if type(bias) not in library.PLAIN_TYPES:
+            return None
         extra = (bias.shape, bias.stride(), bias.dtype, bias.device)
         gradients = gradients or bias.requires_grad
     if epilogue_args:
@@ -301,6 +319,9 @@ def _fused(
             for have, want in zip(operand.shape, shape[max(lead, 0) :], strict=False)
         ):
             raise bad_value(name, f"a shape broadcastable to {shape}", tuple(operand.shape))
+    if torch.compiler.is_compiling() and made_in_compiled_code(epilogue):
+        y = ops.CONV(x, w, *geometry)
+        return apply_to_whole(epilogue, y, bias, epilogue_args), ""
     dtypes = tuple([operand.dtype for operand in epilogue_args])
     key = epilogue_key(epilogue, bias is not None, dtypes, x.dtype, rank)
     captures = epilogue_captures(epilogue, bias is not None, dtypes, x.dtype, rank)
@@ -340,7 +361,7 @@ def conv2d(
         epilogue: a Python function of 0-d tensors ``f(y, *epilogue_args)`` applied to every
             output element inside the kernel, after the bias. It may ask for its coordinates by
             keyword-only parameters named ``n``, ``c``, ``h``, ``w`` and read captured tensors at
-            computed indices. See ``docs/epilogues.md``.
+            computed indices. See the guide on epilogues.
         epilogue_args: tensors broadcastable to the output, read at the same element.
         precision: products of float32 operands: ``"ieee"``, ``"tf32x3"`` (three TF32 products,
             nearly float32) or ``"tf32"``. By default ``"tf32"`` when

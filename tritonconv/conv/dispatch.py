@@ -117,11 +117,11 @@ class ConvOperator(Operator):
     def reference(
         self, problem: ConvProblem, tensors: Mapping[str, Tensor], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """PyTorch's result in ``dtype``; TF32 is float32 on operands rounded to TF32."""
+        """PyTorch's result in ``dtype``; TF32 is float32 on what tensor cores read of it."""
         first, second, out = slot_names(self.direction)
         a, b = tensors[first].to(dtype), tensors[second].to(dtype)
         if problem.precision == "tf32" and dtype is torch.float32:
-            a, b = _round_to_tf32(a), _round_to_tf32(b)
+            a, b = as_tf32(a), as_tf32(b)
         plain = replace(problem, dtype=dtype, precision="ieee", epilogue=None)
         result = ATEN.compute(plain, {first: a, second: b})
         spec = problem.epilogue
@@ -147,9 +147,9 @@ class ConvOperator(Operator):
         return self.candidates(problem)[0]
 
 
-def _round_to_tf32(t: Tensor) -> Tensor:
-    """float32 rounded to the 10 explicit mantissa bits of TF32, whatever cuDNN would pick."""
-    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+def as_tf32(t: Tensor) -> Tensor:
+    """float32 as tensor cores read it for TF32: without the low 13 mantissa bits (PTX ISA)."""
+    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
 ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))

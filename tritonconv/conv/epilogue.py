@@ -7,11 +7,12 @@ import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..codegen import Argument, Role, ScalarFunction, trace
+from ..codegen import Argument, Role, ScalarArityError, ScalarFunction, trace
 from ..codegen.registry import program_of, register_program
 from ..runtime.errors import bad_type
 
@@ -120,9 +121,28 @@ def build_epilogue(
     if not callable(fn):
         raise bad_type("epilogue", "a function of 0-d tensors or None", type(fn).__name__)
     asked = _wanted_coordinates(fn, rank)
+    _check_arity(fn, 1 + len(operand_dtypes), asked)
     wrapped = functools.partial(_call, fn, has_bias, asked, COORDINATES[rank])
     function = trace(wrapped, _arguments(has_bias, operand_dtypes, acc_dtype, rank))
     return Epilogue(register_program(function.program), function.captures)
+
+
+def _check_arity(fn: Callable[..., Any], positional: int, named: tuple[str, ...]) -> None:
+    """Refuse a function that cannot take the operands before it is called with them."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # built-in functions do not always have one
+        return
+    try:
+        signature.bind(*range(positional), **dict.fromkeys(named))
+    except TypeError as error:
+        code = getattr(fn, "__code__", None)
+        place = f" ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else ""
+        name = getattr(fn, "__name__", type(fn).__name__)
+        raise ScalarArityError(
+            f"epilogue {name!r}{place}: it is called with the value and {positional - 1} of "
+            f"epilogue_args, but its signature is {signature}: {error}"
+        ) from None
 
 
 @functools.cache
@@ -186,6 +206,47 @@ def evaluate_with_torch(
     epilogue = build_epilogue(fn, bias is not None, dtypes, y.dtype, rank)
     tensors = ([bias.reshape(-1, *[1] * rank)] if bias is not None else []) + list(operands)
     return apply_with_torch(epilogue.key, y, tensors, epilogue.captures)
+
+
+def made_in_compiled_code(fn: Any) -> bool:
+    """Whether a function was made, closing over something, inside the code being compiled.
+
+    ``torch.compile`` cannot hand such a function out to be traced: it exists only symbolically,
+    which shows in its closure being out of reach.
+    """
+    try:
+        fn.__closure__  # noqa: B018  # reading it is the test
+        return False
+    except Exception:
+        pass
+    try:
+        return len(fn.__code__.co_freevars) > 0
+    except Exception:
+        return False
+
+
+def apply_to_whole(
+    fn: Callable[..., Any] | None, y: Tensor, bias: Tensor | None, operands: Sequence[Tensor]
+) -> Tensor:
+    """Call the function on whole tensors, for code that is being compiled: it is fused there."""
+    rank = y.dim() - 2
+    wide = operand_dtype(y.dtype)
+    values = [y.to(wide)]
+    if bias is not None:
+        values[0] = values[0] + bias.to(wide).reshape(1, -1, *[1] * rank)
+    values += [operand.to(operand_dtype(operand.dtype)) for operand in operands]
+    parameters = fn.__code__  # type: ignore[union-attr]
+    first = parameters.co_argcount
+    asked = parameters.co_varnames[first : first + parameters.co_kwonlyargcount]
+    named = {
+        name: torch.arange(y.shape[axis], dtype=torch.int32, device=y.device).reshape(
+            [-1 if axis == k else 1 for k in range(rank + 2)]
+        )
+        for axis, name in enumerate(COORDINATES[rank])
+        if name in asked
+    }
+    result: Tensor = fn(*values, **named)  # type: ignore[misc]
+    return result.expand(y.shape).to(y.dtype)
 
 
 def apply_with_torch(

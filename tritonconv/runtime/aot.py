@@ -20,7 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .errors import bad_value
+from .compat import interpreting
+from .errors import TritonConvError, bad_value
 from .plan import Arg, KernelCall, LaunchPlan, Slot
 
 TARGETS: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -111,14 +112,28 @@ class _Signature:
 
 
 def compile_call(call: KernelCall, dtypes: Any, target: str, *, resources: bool = True) -> Compiled:
-    """Compile one kernel call for ``target`` and return the resources it takes."""
+    """Compile one kernel call for ``target`` and return the resources it takes.
+
+    Raises:
+        TritonConvError: kernels of this process are interpreted.
+    """
+    if interpreting():
+        raise TritonConvError(
+            "ahead-of-time compilation needs a process without TRITON_INTERPRET=1: "
+            "Triton chooses at import whether it interprets"
+        )
     signature = _Signature(call, dtypes)
     source = ASTSource(call.kernel, signature.types, signature.constants, signature.attrs)
     gpu = parse_target(target)
     compiled = triton.compile(
         source,
         target=gpu,
-        options={"num_warps": call.num_warps, "num_stages": call.num_stages},
+        options={
+            "num_warps": call.num_warps,
+            "num_stages": call.num_stages,
+            # The default, said aloud: Triton 3.9 warns where it is left unsaid.
+            "enable_fp_fusion": triton.knobs.language.default_fp_fusion,
+        },
     )
     registers, spills = None, None
     if resources and gpu.backend == "cuda":
@@ -143,6 +158,7 @@ def compile_plan(plan: LaunchPlan, target: str, *, resources: bool = True) -> tu
 
     Raises:
         ArgumentValueError: unknown target.
+        TritonConvError: kernels of this process are interpreted.
         triton.CompilationError: the kernel does not compile.
     """
     return tuple(

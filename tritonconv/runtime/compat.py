@@ -63,27 +63,36 @@ def direct_launcher(compiled: Any) -> Callable[..., None] | None:
 
 
 def repair_interpreter() -> None:
-    """Let Triton's interpreter broadcast a comparison of scalars as booleans.
+    """Mend two faults of Triton's interpreter; importing this module does it when interpreting.
 
     A comparison carries the dtype of its operands there, so that broadcasting one of two float
-    scalars makes a block of floats, on which ``&`` and ``|`` fail (Triton 3.6 to 3.9).
+    scalars makes a block of floats, on which ``&`` and ``|`` fail (Triton 3.6 to 3.9). A scalar
+    that is kept as an array of one element cannot bound a loop once NumPy (2.4) refuses to make an
+    integer of it (Triton 3.6).
     """
     import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime import interpreter
 
-    original = InterpreterBuilder.create_splat
-    if getattr(original, "repaired", False):
+    create_splat = interpreter.InterpreterBuilder.create_splat
+    patch_tensor = interpreter._patch_lang_tensor
+    if getattr(create_splat, "repaired", False):
         return
 
-    def create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
-        result = original(self, ret_ty, arg)
+    def repaired_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
+        result = create_splat(self, ret_ty, arg)
         if arg.data.dtype == np.bool_:
-            result = TensorHandle(result.data.astype(np.bool_), tl.int1)
+            result = interpreter.TensorHandle(result.data.astype(np.bool_), tl.int1)
         return result
 
-    create_splat.repaired = True  # type: ignore[attr-defined]
-    InterpreterBuilder.create_splat = create_splat
+    def repaired_patch(tensor: Any, *scope: Any) -> None:
+        # Triton undoes its own patch of __index__ after the launch, and with it this one.
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    repaired_splat.repaired = True  # type: ignore[attr-defined]
+    interpreter.InterpreterBuilder.create_splat = repaired_splat
+    interpreter._patch_lang_tensor = repaired_patch
 
 
 def interpreter_tensor(data: Any, like: Any) -> Any:
@@ -92,3 +101,7 @@ def interpreter_tensor(data: Any, like: Any) -> Any:
     from triton.runtime.interpreter import TensorHandle
 
     return tl.tensor(TensorHandle(data, like.dtype), like.type)
+
+
+if interpreting():
+    repair_interpreter()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .compat import direct_launcher, interpreting
+from .errors import bad_value
 from .plan import KernelCall, LaunchPlan, Slot
 from .settings import settings
 
@@ -35,8 +36,10 @@ class _BoundCall:
                 self.scalar_slots.append((index, position[arg.name]))
                 self.template.append(None)
             elif isinstance(arg, tuple) and any(isinstance(item, Slot) for item in arg):
-                names = [item.name for item in arg if isinstance(item, Slot)]
-                self.tuple_slots.append((index, tuple(position[name] for name in names)))
+                slots = [position[item.name] for item in arg if isinstance(item, Slot)]
+                if len(slots) != len(arg):
+                    raise bad_value("KernelCall.args", "tuples of slots or of scalars", arg)
+                self.tuple_slots.append((index, tuple(slots)))
                 self.template.append(None)
             else:
                 self.template.append(arg)

@@ -22,7 +22,7 @@ class Slot:
 
 
 Scalar = int | float
-Arg = Slot | Scalar | tuple["Slot | Scalar", ...]
+Arg = Slot | Scalar | tuple[Slot, ...] | tuple[Scalar, ...]
 
 
 @dataclass(frozen=True)

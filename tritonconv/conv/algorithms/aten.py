@@ -77,10 +77,10 @@ class Aten(Algorithm):
         spec = problem.epilogue
         output = tensors[slot_names(problem.direction)[2]]
         if spec is None:
-            output.set_(result.detach())
+            output.set_(result.detach())  # type: ignore[call-overload]  # stubs know no tensor
             return
         if spec.save_acc:
-            tensors["acc"].set_(result.detach())
+            tensors["acc"].set_(result.detach())  # type: ignore[call-overload]
         elements = [tensors[f"element{i}"] for i in range(len(spec.element_dtypes))]
         captures = [tensors[f"capture{i}"] for i in range(len(spec.capture_dtypes))]
         function = ScalarFunction(program_of(spec.function), ()).with_roles(acc=Role.ELEMENT)

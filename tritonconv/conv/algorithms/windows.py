@@ -214,9 +214,10 @@ def window_configs(problem: ConvProblem) -> list[TileConfig]:
     """Tiles for a reduction over the flattened window; the first is the default."""
     depth = problem.taps * problem.in_channels
     block_k = max(16, min(32, triton.next_power_of_2(depth)))
-    if depth % 64 == 0:
+    half = problem.dtype.itemsize == 2
+    if depth % 64 == 0 and half:
         block_k = 64
-    block_n = max(16, min(128, triton.next_power_of_2(problem.out_channels)))
+    block_n = max(16, min(128 if half else 64, triton.next_power_of_2(problem.out_channels)))
     small = problem.out_pixels < 64 * 132
     space = [TileConfig(64 if small else 128, block_n, block_k, 4, 3)]
     for block_m in (64, 128, 256):
