@@ -62,9 +62,19 @@ SCALARS: dict[str, list[tuple[Any, ...]]] = {
 _ANY_SCALAR = [(3,), (-2,), (2.5,), (True,)]
 _KEYWORD = {"nan_to_num": (), "add": "alpha", "sub": "alpha", "rsub": "alpha", "_to_copy": "dtype"}
 _KEYWORD |= {"gelu": "approximate", "gelu_backward": "approximate"}
-# Not functions of the operands alone, or returning several results.
-_ELSEWHERE = {"log_sigmoid_forward", "log_sigmoid_backward", "_prelu_kernel_backward"}
-_ELSEWHERE |= {"rrelu_with_noise_functional"}
+aten = torch.ops.aten
+# Operators that return several results or take an intermediate of another one, made functions of
+# floats to one float.
+WRAPPED: dict[str, tuple[Callable[..., Tensor], ...]] = {
+    "log_sigmoid_forward.default": (lambda x: aten.log_sigmoid_forward(x)[0],),
+    "log_sigmoid_backward.default": (
+        lambda grad, x: aten.log_sigmoid_backward(grad, x, torch.exp(-x.abs())),
+    ),
+    "_prelu_kernel_backward.default": (
+        lambda grad, x, slope: aten._prelu_kernel_backward(grad, x, slope)[0],
+        lambda grad, x, slope: aten._prelu_kernel_backward(grad, x, slope)[1],
+    ),
+}
 # PyTorch refuses or does not define these for integers with a zero divisor.
 _DIVIDES = ("div", "floor_divide", "remainder", "fmod")
 
@@ -78,10 +88,11 @@ class Case:
     parameters: tuple[Any, ...]
     keywords: tuple[tuple[str, Any], ...]
     number_first: bool = False
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return str(self.op).removeprefix("aten.")
+        return self.label or str(self.op).removeprefix("aten.")
 
     def __str__(self) -> str:
         kinds = "-".join(str(d).removeprefix("torch.") for d in self.dtypes)
@@ -201,8 +212,12 @@ def operators() -> list[Any]:
 
 def cases_of(op: Any) -> list[Case]:
     """The cases of one operator."""
-    if str(op).removeprefix("aten.").partition(".")[0] in _ELSEWHERE:
-        return []
+    if (name := str(op).removeprefix("aten.")) in WRAPPED:
+        return [
+            Case(wrapper, (dtype,) * wrapper.__code__.co_argcount, (), (), label=name)
+            for wrapper in WRAPPED[name]
+            for dtype in (torch.float32, torch.float64)
+        ]
     count, number_first = _tensor_count(op)
     found = []
     for parameters, keywords in _choices(op):
@@ -211,6 +226,3 @@ def cases_of(op: Any) -> list[Case]:
             if _accepts(case):
                 found.append(case)
     return found
-
-
-Function = Callable[..., Tensor]

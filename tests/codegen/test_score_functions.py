@@ -165,7 +165,7 @@ def test_wide_addresses_are_64_bit():
     torch.testing.assert_close(got, function(scores, *coords).detach())
 
 
-def test_blocks_of_broadcast_shapes():
+def test_blocks_of_broadcast_shapes(device):
     """Scalars, columns and rows of coordinates meet a two-dimensional block of scores."""
     from tritonconv.codegen.modules import load, write
 
@@ -189,12 +189,13 @@ def kernel(x_ptr, o_ptr, ptrs, strides, b, h, FN: tl.constexpr, M: tl.constexpr,
 
     function = trace(score, ARGUMENTS)
     x, out = torch.randn(6, 6), torch.full((6, 6), float("nan"))
-    captures = tuple(c.detach() for c in function.captures)
+    captures = tuple(c.detach().to(device) for c in function.captures)
     strides = tuple(s for c in captures for s in c.stride())
-    kernel[(1,)](x, out, captures, strides, 1, 2, FN=function.jit, M=8, N=8)
+    out = out.to(device)
+    kernel[(1,)](x.to(device), out, captures, strides, 1, 2, FN=function.jit, M=8, N=8)
     q, k = torch.arange(6)[:, None], torch.arange(6)[None, :]
     expected = score(x, torch.tensor(1), torch.tensor(2), q, k)
-    torch.testing.assert_close(out, expected.detach())
+    torch.testing.assert_close(out.cpu(), expected.detach())
 
 
 def test_float64_constants_are_not_rounded():

@@ -243,6 +243,8 @@ def _call_key(
     """What validation and dispatch of a call depend on; None where it cannot be known cheaply."""
     if not library.plain(x) or type(w) not in library.PLAIN_TYPES:
         return None
+    if type(epilogue_args) not in (tuple, list):
+        return None
     if torch._C._is_any_autocast_enabled():
         return None
     function = None if epilogue is None else static_identity(epilogue)

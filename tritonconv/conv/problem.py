@@ -265,8 +265,17 @@ class ConvProblem:
         return 2 * self.out_pixels * self.out_channels * self.channels_per_group * self.taps
 
     def bytes_moved(self) -> int:
-        """Input, weight and output once each, operands of the epilogue included."""
-        count = math.prod(self.x_shape) + math.prod(self.w_shape) + math.prod(self.y_shape)
+        """Every element that is touched once: input, weight, output, operands of the epilogue."""
+        read = math.prod(
+            min(size, out * taps, (out - 1) * hop + step * (taps - 1) + 1)
+            for size, out, hop, step, taps in zip(
+                self.in_size, self.out_size, self.stride, self.dilation, self.kernel, strict=True
+            )
+        )
+        x_count = math.prod(self.x_shape)
+        if self.direction is not Direction.DGRAD:  # a gradient is written everywhere
+            x_count = self.batch * self.in_channels * read
+        count = x_count + math.prod(self.w_shape) + math.prod(self.y_shape)
         total = count * self.dtype.itemsize
         if self.epilogue is not None:
             for dtype, strides in zip(
