@@ -192,26 +192,34 @@ class _Run:
         self.reporter.code(generated)
         self.record.generated = {"function": written, "source": generated}
 
-    def _network(self, data: Any) -> nn.Module:
-        network: nn.Module = self.task.demo_model(data, self.device, seed=self.plan.seed)
+    def _network(self, data: Any, sized_for: str | None = None) -> nn.Module:
+        network: nn.Module = self.task.demo_model(
+            data, self.device, seed=self.plan.seed, sized_for=sized_for
+        )
         return network
 
     def _config(self, **changes: Any) -> Any:
         config = self.task.demo_config(self.device, seconds=self.plan.train_seconds)
         return replace(config, seed=self.plan.seed, **changes)
 
-    def _problems(self, data: Any, batch: int, crop: int, *, amp: bool) -> list[Pair]:
-        """Problems of one training step of the network."""
-        network = self._network(data).train()
-        inputs = torch.randn(batch, data.in_channels, crop, crop, device=self.device)
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    def _problems(self, network: nn.Module, inputs: Tensor, *, amp: bool) -> list[Pair]:
+        """Problems of one training step of a network, in the memory format of GPUs."""
+        network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # A copy, for images of one channel: only their strides say which format is meant.
+        inputs = torch.empty_like(inputs, memory_format=torch.channels_last).copy_(inputs)
         return harvest(network, inputs, amp=torch.bfloat16 if amp else None)
 
+    def _gpu_problems(self, data: Any) -> list[Pair]:
+        """Problems of a step as it is on a GPU: its network, its batch, its dtype."""
+        config = self.task.demo_config("cuda")
+        shape = (config.batch_size, data.in_channels, config.crop, config.crop)
+        inputs = torch.randn(shape, device=self.device)
+        return self._problems(self._network(data, "cuda"), inputs, amp=config.amp)
+
     def _tune(self, data: Any) -> None:
-        config, budget = self._config(), self.plan.budget
+        budget = self.plan.budget
         facts = device_facts(self.device)
-        met = self._problems(data, config.batch_size, config.crop, amp=config.amp)
+        met = self._gpu_problems(data)
         pairs = heaviest(met, facts, max(1, int(budget / _SECONDS_PER_PROBLEM)))
         self.reporter.text(
             f"one training step meets {len(met)} problems; {budget:.0f} s go to the "
@@ -236,9 +244,8 @@ class _Run:
         }
 
     def _compile(self, data: Any) -> None:
-        config = self._config()
         facts = nominal_device(self.plan.target)
-        met = self._problems(data, config.batch_size, config.crop, amp=True)
+        met = self._gpu_problems(data)
         rows: list[tuple[str, Compiled]] = []
         begin = time.monotonic()
         ordered = heaviest(met, facts, len(met))
@@ -282,7 +289,8 @@ class _Run:
         self._interpret(data, facts)
 
     def _interpret(self, data: Any, facts: DeviceFacts) -> None:
-        small = self._problems(data, 1, _INTERPRETED_CROP, amp=False)
+        image = torch.randn(1, data.in_channels, _INTERPRETED_CROP, _INTERPRETED_CROP)
+        small = self._problems(self._network(data), image, amp=False)
         chosen = interpretable(small, facts)
         if chosen is None:
             self.reporter.text("no problem of the network is small enough for the interpreter")

@@ -164,12 +164,20 @@ def demo_data(folder: str | Path | None = None) -> SegmentationData:
     return load_icbm152(noise=0.05, shading=0.4) if folder is None else load_folder(folder)
 
 
-def demo_model(data: SegmentationData, device: str | torch.device, *, seed: int = 0) -> nn.Module:
+def demo_model(
+    data: SegmentationData,
+    device: str | torch.device,
+    *,
+    seed: int = 0,
+    sized_for: str | torch.device | None = None,
+) -> nn.Module:
     """Build an Attention U-Net that suits the data and the device.
 
-    On a GPU it has the widths of the paper, on a CPU half of them.
+    On a GPU it has the widths of the paper, on a CPU half of them. ``sized_for`` names another
+    device to take the widths for: the network of a GPU, on a machine that has none.
     """
-    widths = (16, 32, 64, 128, 256) if torch.device(device).type == "cuda" else (8, 16, 32, 64, 128)
+    gpu = torch.device(sized_for or device).type == "cuda"
+    widths = (16, 32, 64, 128, 256) if gpu else (8, 16, 32, 64, 128)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(data.in_channels, data.num_classes, widths=widths).to(device)
@@ -490,7 +498,8 @@ def _batch(
         chosen_labels.append(label)
     batch = torch.stack(chosen_images)
     if config.channels_last:
-        batch = batch.to(memory_format=torch.channels_last)
+        # Images of one channel are in both formats; only their strides say which is meant.
+        batch = torch.empty_like(batch, memory_format=torch.channels_last).copy_(batch)
     return batch, torch.stack(chosen_labels)
 
 
