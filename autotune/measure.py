@@ -356,7 +356,7 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
     An algorithm that calls PyTorch may make its output slot the tensor that PyTorch allocated; the
     next candidate must still find the original.
     """
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor)  # type: ignore[call-overload]
 
 
 def require_alive(

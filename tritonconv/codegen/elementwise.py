@@ -627,11 +627,13 @@ def _passed_through(program: Program) -> tuple[str | None, ...]:
         if node.op == "placeholder":
             placeholders[node] = next(arguments)
     (output,) = [node for node in program.lowered.nodes if node.op == "output"]
-    names = []
+    names: list[str | None] = []
     for value in output.args[0]:
         argument = placeholders.get(value)
-        is_element = argument is not None and argument.role is Role.ELEMENT
-        names.append(argument.name if is_element else None)
+        if argument is not None and argument.role is Role.ELEMENT:
+            names.append(argument.name)
+        else:
+            names.append(None)
     return tuple(names)
 
 

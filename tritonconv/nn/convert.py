@@ -127,6 +127,8 @@ _FOLDED[nn.BatchNorm2d] = FoldedBatchNorm2d
 class FoldedConv2d(Conv2d):
     """A convolution that also does the batch norm and the activation behind it."""
 
+    _fold: _Fold
+
     def forward(self, input: Tensor, *epilogue_args: Tensor) -> Tensor:
         """Convolve, normalise and activate in one kernel."""
         return super().forward(input, *self._fold.operands())
