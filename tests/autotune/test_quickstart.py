@@ -80,7 +80,9 @@ def test_the_whole_demonstration(cache: Path, images: Path, tmp_path: Path) -> N
     else:
         kernels = value["compiled"]["kernels"]
         assert kernels and value["interpreted"]["ok"]
-        assert all("bfloat16 channels_last" in kernel["problem"] for kernel in kernels)
+        # Gradients of the maps of classes (M2) are slices of a concatenation, in no format.
+        wide = [k["problem"] for k in kernels if "M2 " not in k["problem"]]
+        assert [p for p in wide if not p.endswith("bfloat16 channels_last")] == []
     assert not list(out.glob("checkpoint*"))
     assert "Train an Attention U-Net" in done.stderr
 

@@ -129,7 +129,7 @@ class OpFunction(torch.autograd.Function):
         """``apply`` without its per-call inspection of the signature: all arguments are given."""
         if torch._C._are_functorch_transforms_active():
             return cls.apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
     @classmethod
     def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
