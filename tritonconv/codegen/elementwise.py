@@ -50,6 +50,7 @@ def _map_kernel(names: tuple[str, ...], reduced: tuple[bool, ...], wide: bool) -
         f"    tiles_c = tl.cdiv(size_{channel}, BLOCK_C)",
         "    tile_r = tl.program_id(0) // tiles_c",
         "    tile_c = tl.program_id(0) % tiles_c",
+        *(["    tile_r = tile_r.to(tl.int64)"] if wide else []),
         "    row = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)",
         f"    {channel} = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)",
         f"    mask_c = {channel} < size_{channel}",
@@ -95,11 +96,17 @@ def _coordinate_names(program: Program) -> tuple[str, ...]:
     return tuple(a.name for a in program.arguments if a.role is Role.COORD)
 
 
-def _spans_wide(shape: Sequence[int], tensors: Sequence[Tensor]) -> bool:
-    return any(
-        sum((size - 1) * abs(hop) for size, hop in zip(shape, t.stride(), strict=True)) >= 2**31
-        for t in tensors
-    )
+def _spans_wide(
+    shape: Sequence[int], tensors: Sequence[Tensor], captures: Sequence[Tensor]
+) -> bool:
+    """Whether an element offset, or the index space itself, can pass 2^31."""
+
+    def span(shape: Sequence[int], t: Tensor) -> int:
+        return sum((size - 1) * abs(hop) for size, hop in zip(shape, t.stride(), strict=True))
+
+    spans = [math.prod(shape), *(span(shape, t) for t in tensors)]
+    spans += [span(t.shape, t) for t in captures if t.numel()]
+    return any(2 * extent >= 2**31 for extent in spans)
 
 
 _EXECUTABLES: dict[Any, tuple[Executable, tuple[int, ...]]] = {}
@@ -147,7 +154,7 @@ def _build(
 ) -> tuple[Executable, tuple[int, ...]]:
     program = program_of(key)
     dense = [t for t in outputs if t is not None]
-    wide = _spans_wide(shape, [*elements, *dense])
+    wide = _spans_wide(shape, [*elements, *dense], captures)
     function = ScalarFunction(program, ()).with_wide(wide) if wide else program
     names = _coordinate_names(program)
     channels = shape[_CHANNEL]

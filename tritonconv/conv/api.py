@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..runtime import library, tables
+from ..runtime.compat import tf32_allowed
 from ..runtime.errors import bad_type, bad_value
 from . import ops
 from .epilogue import (
@@ -71,8 +72,7 @@ def _precision(precision: str | None, dtype: torch.dtype) -> str:
 @torch.compiler.assume_constant_result
 def default_precision() -> str:
     """What PyTorch's own settings say about float32 products."""
-    allowed = torch.backends.cudnn.allow_tf32
-    return "tf32" if allowed and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -161,6 +161,8 @@ def _conv(
     strides = _ints(stride, rank, "stride", 1)
     dilations = _ints(dilation, rank, "dilation", 1)
     kernel = w.shape[2:]
+    if min(kernel) < 1:
+        raise bad_value("weight", "a kernel of at least one tap per axis", tuple(w.shape))
     pads = _pads(padding, kernel, strides, dilations)
     size = output_size(x.shape[2:], kernel, strides, ops.pairs(pads), dilations)
     for extent in size:
@@ -180,7 +182,7 @@ def _conv(
         function = None
     else:
         y, function = _fused(rank, x, w, bias, geometry, size, epilogue, epilogue_args)
-    if key is not None and not unbatched:
+    if key is not None and not unbatched and (function is None or not ops.captures_of(function)):
         if len(_PREPARED) >= _MAX_PREPARED:
             _PREPARED.clear()
         operands = _operands(rank, bias, epilogue_args)

@@ -43,52 +43,68 @@ def _identity(acc: Tensor) -> Tensor:
     return acc
 
 
-@functools.lru_cache(maxsize=1024)
-def _wanted_coordinates(code_owner: Any, rank: int) -> tuple[str, ...]:
+_WANTED: dict[tuple[types.CodeType, int], tuple[str, ...]] = {}
+
+
+def _wanted_coordinates(fn: Callable[..., Any], rank: int) -> tuple[str, ...]:
+    """Coordinates that a function asks for; remembered by code, which keeps no closure alive."""
+    if not isinstance(fn, types.FunctionType):
+        return _signature_coordinates(fn, rank)
+    key = (fn.__code__, rank)
+    found = _WANTED.get(key)
+    if found is None:
+        found = _WANTED[key] = _signature_coordinates(fn, rank)
+    return found
+
+
+def _signature_coordinates(fn: Callable[..., Any], rank: int) -> tuple[str, ...]:
     try:
-        parameters = inspect.signature(code_owner).parameters.values()
+        parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):
         return ()
     asked = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     return tuple(name for name in COORDINATES[rank] if name in asked)
 
 
-_STATIC_CODE: dict[types.CodeType, bool] = {}
+_GLOBAL_NAMES: dict[types.CodeType, tuple[str, ...]] = {}
 
 
 def static_identity(fn: Callable[..., Any]) -> Any:
     """What identifies a function whose meaning cannot change between calls, else None.
 
-    Built-in functions are themselves; a Python function without closure and defaults whose globals
-    are only modules and built-in functions is its code, so that a lambda written inside a
-    ``forward`` is recognised although every call makes it anew. Whatever reads other state goes
-    through the trace cache, which looks at that state at every call.
+    A built-in function of a module is itself. A Python function without closure and defaults that
+    names no global but PyTorch's modules is its code with those modules, so that a lambda written
+    inside a ``forward`` is recognised although every call makes it anew. Whatever reads other state
+    goes through the trace cache, which looks at that state at every call.
     """
     if isinstance(fn, types.BuiltinFunctionType):
-        return fn
+        owner = fn.__self__
+        return fn if owner is None or isinstance(owner, (types.ModuleType, type)) else None
     if not isinstance(fn, types.FunctionType):
         return None
     if fn.__closure__ is not None or fn.__defaults__ is not None or fn.__kwdefaults__ is not None:
         return None
-    code = fn.__code__
-    static = _STATIC_CODE.get(code)
-    if static is None:
-        static = _STATIC_CODE[code] = _reads_only_modules(code, fn.__globals__)
-    return code if static else None
+    code, scope = fn.__code__, fn.__globals__
+    names = _GLOBAL_NAMES.get(code)
+    if names is None:
+        names = _GLOBAL_NAMES[code] = _names_of(code)
+    identity: list[Any] = [code]
+    for name in names:
+        value = scope.get(name)
+        if value is None:  # an attribute or a built-in name
+            continue
+        if not isinstance(value, types.ModuleType) or value.__name__.split(".")[0] != "torch":
+            return None
+        identity.append(value)
+    return tuple(identity)
 
 
-def _reads_only_modules(code: types.CodeType, scope: dict[str, Any]) -> bool:
-    for name in code.co_names:
-        value = scope.get(name, types)  # attributes and builtins are not in the scope
-        torch_function = isinstance(value, types.FunctionType) and value.__module__.startswith(
-            "torch."
-        )
-        if not isinstance(value, (types.ModuleType, types.BuiltinFunctionType)) and not (
-            torch_function
-        ):
-            return False
-    nested = [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    return all(_reads_only_modules(part, scope) for part in nested)
+def _names_of(code: types.CodeType) -> tuple[str, ...]:
+    names = list(code.co_names)
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            names += _names_of(part)
+    return tuple(names)
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -214,6 +230,8 @@ def made_in_compiled_code(fn: Any) -> bool:
     ``torch.compile`` cannot hand such a function out to be traced: it exists only symbolically,
     which shows in its closure being out of reach.
     """
+    if isinstance(fn, types.BuiltinFunctionType):
+        return False
     try:
         fn.__closure__  # noqa: B018  # reading it is the test
         return False

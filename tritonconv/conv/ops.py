@@ -23,6 +23,8 @@ from ..codegen.program import Program, Role, ScalarFunction
 from ..codegen.registry import program_of
 from ..runtime import library, tables
 from ..runtime.backend import uses_triton
+from ..runtime.compat import cudnn_settings
+from ..runtime.settings import settings
 from . import dispatch, pytorch
 from .dispatch import Runner, runner
 from .epilogue import apply_with_torch
@@ -63,12 +65,14 @@ _BACKWARD: dict[Any, tuple[Runner, tuple[int, ...], tuple[int, ...]]] = {}
 
 
 _prepared_epoch = -1
+_MAX_PREPARED = 4096
 
 
 def refresh() -> None:
-    """Drop every prepared call when tables or settings have changed since it was prepared."""
+    """Drop every prepared call when tables or settings have changed, or there are too many."""
     global _prepared_epoch
-    if _prepared_epoch != tables.epoch():
+    full = len(_FORWARD) + len(_BACKWARD) > _MAX_PREPARED
+    if full or _prepared_epoch != tables.epoch():
         _prepared_epoch = tables.epoch()
         _FORWARD.clear()
         _BACKWARD.clear()
@@ -200,7 +204,11 @@ def _product_with_torch(
     shape = (x.shape[0], w.shape[0], *size)
     if 0 in shape or 0 in w.shape:
         return _empty(shape, x.dtype, x.device, channels_last).zero_()
-    y = pytorch.forward(x, w, None, stride, pairs(padding), dilation, groups)
+    if x.is_cuda:
+        with cudnn_settings(allow_tf32=precision == "tf32", deterministic=not settings.atomics):
+            y = pytorch.forward(x, w, None, stride, pairs(padding), dilation, groups)
+    else:
+        y = pytorch.forward(x, w, None, stride, pairs(padding), dilation, groups)
     return _as_format(y, channels_last)
 
 
@@ -585,6 +593,11 @@ def _conv_epilogue(
     *geometry: Any,
 ) -> Tensor:
     return _epilogue_impl(x, w, operands, captures, function, False, geometry)[0]
+
+
+def captures_of(function: str) -> bool:
+    """Whether an epilogue reads captured tensors."""
+    return bool(program_of(function).captures)
 
 
 def prepared_forward(

@@ -215,18 +215,22 @@ class ConvProblem:
 
     @property
     def wide(self) -> bool:
-        """Whether an element offset of some tensor can pass 2^31."""
-        tensors = (
+        """Whether an element offset of some tensor, or the number of pixels, can pass 2^31."""
+        tensors = [
             (self.x_shape, self.x_strides),
             (self.w_shape, self.w_strides),
             (self.y_shape, self.y_strides),
-        )
+        ]
+        if self.epilogue is not None:
+            tensors += [(self.y_shape, strides) for strides in self.epilogue.element_strides]
+            tensors += zip(self.epilogue.capture_shapes, self.epilogue.capture_strides, strict=True)
         spans = [
             sum((size - 1) * abs(hop) for size, hop in zip(shape, strides, strict=True))
             for shape, strides in tensors
             if 0 not in shape
         ]
         # Offsets of padded positions reach outside the tensor by at most one padded window.
+        spans += [self.in_pixels, self.out_pixels]
         return any(2 * span >= 2**31 for span in spans)
 
     def fields(self) -> Mapping[str, Field]:

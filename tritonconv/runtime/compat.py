@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import triton
 
 TRITON_VERSION: tuple[int, int] = tuple(  # type: ignore[assignment]  # two groups, always
@@ -105,3 +108,30 @@ def interpreter_tensor(data: Any, like: Any) -> Any:
 
 if interpreting():
     repair_interpreter()
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's settings let float32 convolutions use TF32 products."""
+    try:
+        return torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        # The newer fp32_precision settings are in use, and the older ones refuse to be read.
+        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+
+
+_CUDNN_LOCK = threading.RLock()
+
+
+@contextmanager
+def cudnn_settings(*, allow_tf32: bool, deterministic: bool) -> Iterator[None]:
+    """cuDNN with these settings; they are PyTorch's globals, so threads take turns."""
+    backend = torch.backends.cudnn
+    with _CUDNN_LOCK:
+        before = backend.conv.fp32_precision, torch._C._get_cudnn_deterministic()
+        backend.conv.fp32_precision = "tf32" if allow_tf32 else "ieee"
+        torch._C._set_cudnn_deterministic(before[1] or deterministic)
+        try:
+            yield
+        finally:
+            backend.conv.fp32_precision = before[0]
+            torch._C._set_cudnn_deterministic(before[1])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .errors import TritonConvError
+from .errors import TritonConvError, bad_value
 
 LIBRARY = torch.library.Library("tritonconv", "DEF")
 
@@ -145,6 +145,9 @@ def _one_by_one(name: str, call: Callable[..., Any], info: Any, in_dims: Any, *a
         "the batch into the input's own batch axis instead.",
         stacklevel=2,
     )
+
+    if info.batch_size == 0:
+        raise bad_value("vmap", "a batch of at least one element", "an empty one")
 
     def pick(arg: Any, dim: Any, index: int) -> Any:
         if isinstance(arg, (list, tuple)) and isinstance(dim, (list, tuple)):

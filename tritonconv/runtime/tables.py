@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -402,8 +402,10 @@ def read_entry(path: Path) -> Entry | None:
 
 
 def _packaged_directory() -> Path | None:
-    root = resources.files("tritonconv.autotune.tuned")
-    return Path(str(root)) if isinstance(root, Path) else None
+    # The folder is found without importing the tuner's package, which no kernel call needs.
+    spec = find_spec("tritonconv.autotune")
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(places))) / "tuned" if places else None
 
 
 @functools.cache

@@ -5,8 +5,7 @@ An epilogue runs as one generated elementwise kernel behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from ...codegen.elementwise import apply_into
 from ...codegen.program import Role, ScalarFunction
 from ...codegen.registry import program_of
+from ...runtime.compat import cudnn_settings
 from ...runtime.device import DeviceFacts
 from ...runtime.operators import Algorithm, Config
 from ...runtime.plan import LaunchPlan
@@ -21,19 +21,6 @@ from ...runtime.settings import settings
 from .. import pytorch
 from ..problem import ConvProblem, Direction
 from .common import slot_names
-
-
-@contextmanager
-def _cudnn(allow_tf32: bool) -> Iterator[None]:
-    """cuDNN as the library promises it: the asked precision, and sums in a fixed order."""
-    backend = torch.backends.cudnn
-    before = backend.allow_tf32, backend.deterministic
-    backend.allow_tf32 = allow_tf32
-    backend.deterministic = before[1] or not settings.atomics
-    try:
-        yield
-    finally:
-        backend.allow_tf32, backend.deterministic = before
 
 
 class Aten(Algorithm):
@@ -62,12 +49,16 @@ class Aten(Algorithm):
         first, second, _ = slot_names(problem.direction)
         geometry = (problem.stride, pads, problem.dilation, problem.groups)
         a, b = tensors[first], tensors[second]
-        with _cudnn(problem.precision != "ieee"):
+        allow_tf32 = problem.precision != "ieee"
+        with cudnn_settings(allow_tf32=allow_tf32, deterministic=not settings.atomics):
             if problem.direction is Direction.FORWARD:
-                return pytorch.forward(a, b, None, *geometry)
+                result = pytorch.forward(a, b, None, *geometry)
+                return _laid_out(result, problem.y_strides)
             if problem.direction is Direction.DGRAD:
-                return pytorch.dgrad(a, b, problem.in_size, *geometry)
-            return pytorch.wgrad(a, b, problem.kernel, *geometry)
+                result = pytorch.dgrad(a, b, problem.in_size, *geometry)
+                return _laid_out(result, problem.x_strides)
+            result = pytorch.wgrad(a, b, problem.kernel, *geometry)
+            return _laid_out(result, problem.w_strides)
 
     def launch(
         self, problem: ConvProblem, config: Config, tensors: Mapping[str, torch.Tensor]
@@ -85,6 +76,14 @@ class Aten(Algorithm):
         captures = [tensors[f"capture{i}"] for i in range(len(spec.capture_dtypes))]
         function = ScalarFunction(program_of(spec.function), ()).with_roles(acc=Role.ELEMENT)
         apply_into(function.program, output, [result, *elements], captures)
+
+
+def _laid_out(result: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The result with the strides that the problem promises; PyTorch may choose others."""
+    pairs = zip(result.shape, result.stride(), strides, strict=True)
+    if all(size == 1 or have == want for size, have, want in pairs):
+        return result
+    return result.new_empty_strided(result.shape, strides).copy_(result)
 
 
 def _high_pad(problem: ConvProblem, axis: int, low: int) -> int:

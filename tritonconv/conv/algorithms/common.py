@@ -122,6 +122,18 @@ def pixel_arguments(problem: ConvProblem) -> tuple[Arg, ...]:
 
 
 @triton.jit
+def widen(a):
+    """An integer argument as int64, whether it arrives as int32 or as the constant 1."""
+    return a * tl.full((), 1, tl.int64)
+
+
+@triton.jit
+def widen_strides(a, b, c, d):
+    """Four strides as int64, so that every product with them is."""
+    return widen(a), widen(b), widen(c), widen(d)
+
+
+@triton.jit
 def matmul_step(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a · b with a float32 accumulator."""
     if UPCAST:

@@ -26,6 +26,8 @@ from .common import (
     slot_dtypes,
     store_result,
     unsupported_dtype,
+    widen,
+    widen_strides,
 )
 from .implicit_gemm import needs_bounds, reduction_call
 
@@ -73,6 +75,17 @@ def _depthwise_forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """y[n, o, p, q] = Σ_{r,s} x[n, o // multiplier, p·stride + r·dilation − pad, …] · w[o]."""
+    if WIDE:
+        batch = widen(batch)
+        x_stride_n, x_stride_c, x_stride_h, x_stride_w = widen_strides(
+            x_stride_n, x_stride_c, x_stride_h, x_stride_w
+        )
+        w_stride_o, w_stride_i, w_stride_h, w_stride_w = widen_strides(
+            w_stride_o, w_stride_i, w_stride_h, w_stride_w
+        )
+        y_stride_n, y_stride_c, y_stride_h, y_stride_w = widen_strides(
+            y_stride_n, y_stride_c, y_stride_h, y_stride_w
+        )
     tiles_c = tl.cdiv(filters, BLOCK_C)
     tile_p = tl.program_id(0) // tiles_c
     tile_c = tl.program_id(0) % tiles_c
@@ -172,6 +185,17 @@ def _depthwise_dgrad_kernel(
 
     (p, q) = (h + pad − r·dilation, …) / stride where that is exact and in range.
     """
+    if WIDE:
+        batch = widen(batch)
+        x_stride_n, x_stride_c, x_stride_h, x_stride_w = widen_strides(
+            x_stride_n, x_stride_c, x_stride_h, x_stride_w
+        )
+        w_stride_o, w_stride_i, w_stride_h, w_stride_w = widen_strides(
+            w_stride_o, w_stride_i, w_stride_h, w_stride_w
+        )
+        y_stride_n, y_stride_c, y_stride_h, y_stride_w = widen_strides(
+            y_stride_n, y_stride_c, y_stride_h, y_stride_w
+        )
     tiles_c = tl.cdiv(channels, BLOCK_C)
     tile_p = tl.program_id(0) // tiles_c
     tile_c = tl.program_id(0) % tiles_c
@@ -259,6 +283,18 @@ def _depthwise_wgrad_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """partial[split, o, (r, s)] = Σ over the pixels of a split of grad_y[n, o, p, q] · x[n, …]."""
+    if WIDE:
+        batch = widen(batch)
+        x_stride_n, x_stride_c, x_stride_h, x_stride_w = widen_strides(
+            x_stride_n, x_stride_c, x_stride_h, x_stride_w
+        )
+        w_stride_o, w_stride_i, w_stride_h, w_stride_w = widen_strides(
+            w_stride_o, w_stride_i, w_stride_h, w_stride_w
+        )
+        y_stride_n, y_stride_c, y_stride_h, y_stride_w = widen_strides(
+            y_stride_n, y_stride_c, y_stride_h, y_stride_w
+        )
+        pixels_per_split = widen(pixels_per_split)
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     # One row of taps shares the gradient that is loaded: a third axis of the tile.
     s = tl.arange(0, BLOCK_S)

@@ -35,6 +35,8 @@ from .common import (
     reduce_partials_kernel,
     slot_dtypes,
     store_result,
+    widen,
+    widen_strides,
 )
 
 
@@ -85,6 +87,17 @@ def conv_forward_kernel(
     GROUP_M: tl.constexpr,
 ):
     """y[n, o, p, q] = Σ_{c,r,s} x[n, c, p·stride + r·dilation − pad, …] · w[o, c, r, s]."""
+    if WIDE:
+        batch = widen(batch)
+        x_stride_n, x_stride_c, x_stride_h, x_stride_w = widen_strides(
+            x_stride_n, x_stride_c, x_stride_h, x_stride_w
+        )
+        w_stride_o, w_stride_i, w_stride_h, w_stride_w = widen_strides(
+            w_stride_o, w_stride_i, w_stride_h, w_stride_w
+        )
+        y_stride_n, y_stride_c, y_stride_h, y_stride_w = widen_strides(
+            y_stride_n, y_stride_c, y_stride_h, y_stride_w
+        )
     group = tl.program_id(1)
     pixels = batch * out_height * out_width
     tiles_n = tl.cdiv(FILTERS, BLOCK_N)
@@ -212,6 +225,17 @@ def conv_dgrad_kernel(
     Programs of one phase serve input pixels with equal residue modulo the stride; the taps that
     meet them are first, first + STEP, … with STEP = stride / gcd(stride, dilation).
     """
+    if WIDE:
+        batch = widen(batch)
+        x_stride_n, x_stride_c, x_stride_h, x_stride_w = widen_strides(
+            x_stride_n, x_stride_c, x_stride_h, x_stride_w
+        )
+        w_stride_o, w_stride_i, w_stride_h, w_stride_w = widen_strides(
+            w_stride_o, w_stride_i, w_stride_h, w_stride_w
+        )
+        y_stride_n, y_stride_c, y_stride_h, y_stride_w = widen_strides(
+            y_stride_n, y_stride_c, y_stride_h, y_stride_w
+        )
     group = tl.program_id(1)
     phase_h = tl.program_id(2) // STRIDE_W
     phase_w = tl.program_id(2) % STRIDE_W
@@ -347,6 +371,18 @@ def conv_wgrad_kernel(
     Columns are (r, s, c) with c fastest. With PARTIAL every split of the pixels writes its own
     float32 sum to ``out_ptr[split, o, column]``; otherwise the result goes to the weight layout.
     """
+    if WIDE:
+        batch = widen(batch)
+        x_stride_n, x_stride_c, x_stride_h, x_stride_w = widen_strides(
+            x_stride_n, x_stride_c, x_stride_h, x_stride_w
+        )
+        w_stride_o, w_stride_i, w_stride_h, w_stride_w = widen_strides(
+            w_stride_o, w_stride_i, w_stride_h, w_stride_w
+        )
+        y_stride_n, y_stride_c, y_stride_h, y_stride_w = widen_strides(
+            y_stride_n, y_stride_c, y_stride_h, y_stride_w
+        )
+        pixels_per_split = widen(pixels_per_split)
     COLUMNS: tl.constexpr = KERNEL_H * KERNEL_W * CHANNELS
     # A tile inside one tap needs one scalar tap instead of a division per column.
     ONE_TAP: tl.constexpr = CHANNELS % BLOCK_N == 0

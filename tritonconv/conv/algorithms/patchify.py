@@ -24,6 +24,8 @@ from .common import (
     precision_constexprs,
     slot_dtypes,
     unsupported_dtype,
+    widen,
+    widen_strides,
 )
 from .implicit_gemm import flat_rows, tile_configs, wgrad_plan
 from .windows import flat_filters, window_configs, window_forward_plan
@@ -67,6 +69,17 @@ def _patchify_dgrad_kernel(
     GROUP_M: tl.constexpr,
 ):
     """grad_x[n, c, p·KH + r, q·KW + s] = Σ_o grad_y[n, o, p, q] · w[o, c, r, s]."""
+    if WIDE:
+        batch = widen(batch)
+        x_stride_n, x_stride_c, x_stride_h, x_stride_w = widen_strides(
+            x_stride_n, x_stride_c, x_stride_h, x_stride_w
+        )
+        w_stride_o, w_stride_i, w_stride_h, w_stride_w = widen_strides(
+            w_stride_o, w_stride_i, w_stride_h, w_stride_w
+        )
+        y_stride_n, y_stride_c, y_stride_h, y_stride_w = widen_strides(
+            y_stride_n, y_stride_c, y_stride_h, y_stride_w
+        )
     COLUMNS: tl.constexpr = KERNEL_H * KERNEL_W * CHANNELS
     pixels = batch * out_height * out_width
     tile_m, tile_n = grouped_tile(

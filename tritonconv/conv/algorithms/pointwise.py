@@ -21,6 +21,8 @@ from .common import (
     slot_dtypes,
     store_result,
     unsupported_dtype,
+    widen,
+    widen_strides,
 )
 from .implicit_gemm import product_shape, tile_configs, wgrad_plan
 
@@ -57,6 +59,14 @@ def _pixel_gemm_kernel(
     GROUP_M: tl.constexpr,
 ):
     """out[n, p, c] = Σ_k a[n, p, k] · w[k, c], with p the flattened position in the map."""
+    if WIDE:
+        pixels = widen(pixels)
+        a_stride_n, a_stride_p, a_stride_k, w_stride_k = widen_strides(
+            a_stride_n, a_stride_p, a_stride_k, w_stride_k
+        )
+        w_stride_c, out_stride_n, out_stride_p, out_stride_c = widen_strides(
+            w_stride_c, out_stride_n, out_stride_p, out_stride_c
+        )
     tile_m, tile_n = grouped_tile(
         tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tl.cdiv(COLUMNS, BLOCK_N), GROUP_M
     )

@@ -17,6 +17,8 @@ from .common import (
     precision_constexprs,
     slot_dtypes,
     store_result,
+    widen,
+    widen_strides,
 )
 from .implicit_gemm import flat_rows, needs_bounds
 
@@ -74,6 +76,17 @@ def _window_forward_kernel(
 
     The flattening follows the input's memory: (r, s, c) with channels fastest, or (c, r, s).
     """
+    if WIDE:
+        batch = widen(batch)
+        x_stride_n, x_stride_c, x_stride_h, x_stride_w = widen_strides(
+            x_stride_n, x_stride_c, x_stride_h, x_stride_w
+        )
+        w_stride_o, w_stride_i, w_stride_h, w_stride_w = widen_strides(
+            w_stride_o, w_stride_i, w_stride_h, w_stride_w
+        )
+        y_stride_n, y_stride_c, y_stride_h, y_stride_w = widen_strides(
+            y_stride_n, y_stride_c, y_stride_h, y_stride_w
+        )
     DEPTH: tl.constexpr = KERNEL_H * KERNEL_W * CHANNELS
     pixels = batch * out_height * out_width
     tile_m, tile_n = grouped_tile(
