@@ -358,7 +358,8 @@ def conv2d(
         input: (N, C, H, W) or (C, H, W), any strides; float16, bfloat16, float32 (float64 is
             served by PyTorch's kernel). The result keeps its memory format.
         weight: (M, C / groups, R, S), dtype of the input, any strides.
-        bias: (M,), added to the float32 accumulator.
+        bias: (M,), added to the float32 accumulator (PyTorch's kernel, where it is chosen or
+            tensors are on the CPU, rounds the accumulator to the input's dtype first).
         stride, dilation: one integer or two.
         padding: one integer or two, ``"same"`` (stride 1) or ``"valid"``.
         groups: divides C and M.
