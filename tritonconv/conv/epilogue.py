@@ -272,12 +272,13 @@ def apply_with_torch(
 ) -> Tensor:
     """A registered epilogue evaluated by PyTorch on a whole accumulator."""
     program = program_of(key)
+    unused = torch.zeros((), dtype=torch.int32, device=acc.device)
     coordinates = [
         torch.arange(size, dtype=torch.int32, device=acc.device).reshape(
             [size if axis == k else 1 for k in range(acc.dim())]
         )
         if name in program.live
-        else 0
+        else unused
         for axis, (name, size) in enumerate(zip(COORDINATES[acc.dim() - 2], acc.shape, strict=True))
     ]
     result = ScalarFunction(program, tuple(captures))(acc, *operands, *coordinates)

@@ -41,16 +41,17 @@ def pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a tensor is laid out with channels fastest (size-1 ambiguities by its strides)."""
-    return x.dim() > 2 and x.stride(1) == 1 and x.stride(-1) == x.shape[1]
+    """Whether channels are fastest in memory, gaps after a pixel's channels allowed.
+
+    A slice of the channels of a channels_last tensor is one too. Where a size of one leaves the
+    layout open, the strides say which was meant.
+    """
+    return x.dim() > 2 and x.stride(1) == 1 and x.stride(-1) >= x.shape[1]
 
 
 def _result_channels_last(x: Tensor, w: Tensor) -> bool:
-    """Results keep the input's memory format; where it says nothing, the weight's."""
-    if is_channels_last(x):
-        # A map of one channel is both; it follows its weight, as in PyTorch.
-        return x.shape[1] != 1 or not x.is_contiguous() or is_channels_last(w) or w.shape[1] == 1
-    return x.shape[1] == 1 and is_channels_last(w) and w.shape[1] != 1
+    """Results keep the input's memory format; a map of one channel follows its weight too."""
+    return is_channels_last(x) or (x.shape[1] == 1 and is_channels_last(w))
 
 
 def _empty(shape: Sequence[Any], dtype: torch.dtype, device: Any, channels_last: bool) -> Tensor:
@@ -531,18 +532,18 @@ def _epilogue_impl(
         function,
         save_acc,
         *[(t.dtype, t.shape, t.stride()) for t in operands],
-        *[(t.dtype, t.stride()) for t in captures],
+        *[(t.dtype, t.shape, t.stride()) for t in captures],
     )
     found = _FORWARD.get(key)
     if found is None:
         found = _prepare_epilogue(key, x, w, operands, captures, function, save_acc, geometry)
     prepared, shape, strides = found
     y = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
-    acc = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device) if save_acc else None
+    saved = torch.empty_like(y) if save_acc else None
     if prepared is not None:
-        outputs = (y,) if acc is None else (y, acc)
+        outputs = (y,) if saved is None else (y, saved)
         prepared(x, w, *outputs, *operands, *captures)
-    return y, acc
+    return y, saved
 
 
 def _epilogue_problem(

@@ -116,7 +116,8 @@ def tf32_allowed() -> bool:
         return torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:
         # The newer fp32_precision settings are in use, and the older ones refuse to be read.
-        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+        cudnn: Any = torch.backends.cudnn  # the stubs do not know the newer settings
+        return bool(cudnn.conv.fp32_precision == "tf32")
 
 
 _CUDNN_LOCK = threading.RLock()
@@ -125,7 +126,7 @@ _CUDNN_LOCK = threading.RLock()
 @contextmanager
 def cudnn_settings(*, allow_tf32: bool, deterministic: bool) -> Iterator[None]:
     """cuDNN with these settings; they are PyTorch's globals, so threads take turns."""
-    backend = torch.backends.cudnn
+    backend: Any = torch.backends.cudnn  # the stubs do not know its settings by operator
     with _CUDNN_LOCK:
         before = backend.conv.fp32_precision, torch._C._get_cudnn_deterministic()
         backend.conv.fp32_precision = "tf32" if allow_tf32 else "ieee"
