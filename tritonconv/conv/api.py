@@ -11,7 +11,7 @@ import torch
 from ..runtime import library, tables
 from ..runtime.compat import tf32_allowed
 from ..runtime.errors import bad_type, bad_value
-from . import ops
+from . import fused_ops, ops
 from .epilogue import (
     apply_to_whole,
     epilogue_captures,
@@ -182,18 +182,36 @@ def _conv(
         function = None
     else:
         y, function = _fused(rank, x, w, bias, geometry, size, epilogue, epilogue_args)
-    if key is not None and not unbatched and (function is None or not ops.captures_of(function)):
-        if len(_PREPARED) >= _MAX_PREPARED:
-            _PREPARED.clear()
-        operands = _operands(rank, bias, epilogue_args)
-        recorded = torch.is_grad_enabled() and y.requires_grad
-        forward = None if recorded else ops.prepared_forward(x, w, operands, function, geometry)
-        _PREPARED[key] = PreparedCall(rank, geometry, function, forward, tables.epoch())
+    if key is not None and not unbatched:
+        _remember(key, rank, x, w, bias, epilogue_args, function, geometry, y.requires_grad)
     return y.squeeze(0) if unbatched else y
 
 
 _PREPARED: dict[Any, PreparedCall] = {}
 _MAX_PREPARED = 4096
+
+
+def _remember(
+    key: Any,
+    rank: int,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    epilogue_args: Sequence[Tensor],
+    function: str | None,
+    geometry: tuple[Any, ...],
+    recorded: bool,
+) -> None:
+    """Prepare the next call of this kind; not where an epilogue captures tensors of its own."""
+    if function is not None and fused_ops.captures_of(function):
+        return
+    if len(_PREPARED) >= _MAX_PREPARED:
+        _PREPARED.clear()
+    forward = None
+    if not (recorded and torch.is_grad_enabled()):
+        operands = _operands(rank, bias, epilogue_args)
+        forward = fused_ops.prepared_forward(x, w, operands, function, geometry)
+    _PREPARED[key] = PreparedCall(rank, geometry, function, forward, tables.epoch())
 
 
 @dataclass(frozen=True)
@@ -227,7 +245,7 @@ class PreparedCall:
         if self.function is None:
             return ops.CONV(x, w, *self.geometry)
         operands = _operands(self.rank, bias, epilogue_args)
-        return ops.CONV_EPILOGUE(x, w, operands, [], self.function, *self.geometry)
+        return fused_ops.CONV_EPILOGUE(x, w, operands, [], self.function, *self.geometry)
 
 
 def _call_key(
@@ -334,7 +352,7 @@ def _fused(
             name = f"captured tensor {index}"
             raise bad_value(name, f"the input's device {x.device}", capture.device)
     operands = _operands(rank, bias, epilogue_args)
-    return ops.CONV_EPILOGUE(x, w, operands, captures, key, *geometry), key
+    return fused_ops.CONV_EPILOGUE(x, w, operands, captures, key, *geometry), key
 
 
 def conv2d(

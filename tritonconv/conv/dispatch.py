@@ -12,7 +12,7 @@ from ..runtime.device import DeviceFacts, device_facts
 from ..runtime.launch import Executable
 from ..runtime.operators import Algorithm, Operator, register, source_hash_of
 from ..runtime.tables import Choice, choose
-from .algorithms import ALGORITHMS, common, implicit_gemm, windows
+from .algorithms import ALGORITHMS, common, implicit_gemm, tiles, windows
 from .algorithms.aten import Aten
 from .algorithms.common import slot_names
 from .epilogue import apply_with_torch, build_epilogue
@@ -36,7 +36,7 @@ class ConvOperator(Operator):
 
     def source_hash(self) -> str:
         """Hash over the algorithms and the kernels that they share."""
-        files = [module.__file__ for module in (common, implicit_gemm, windows)]
+        files = [module.__file__ for module in (common, implicit_gemm, tiles, windows)]
         return super().source_hash()[:8] + source_hash_of(str(file) for file in files)[:8]
 
     def parse(self, fields: Mapping[str, Any]) -> ConvProblem:

@@ -1,8 +1,7 @@
 """PyTorch operators of convolution and their derivatives.
 
 The three products are closed under differentiation: each gradient of one is another of them, so
-three operators give every order. A fused epilogue adds one more operator whose backward runs the
-function's generated derivative (``tritonconv::elementwise``) and then the two product gradients.
+three operators give every order.
 
     y = conv(x, w):    grad_x = dgrad(g, w),   grad_w = wgrad(g, x)
     x = dgrad(g, w):   grad_g = conv(u, w),    grad_w = wgrad(g, u)
@@ -11,28 +10,24 @@ function's generated derivative (``tritonconv::elementwise``) and then the two p
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from ..codegen.elementwise import pull_back
-from ..codegen.program import Program, Role, ScalarFunction
-from ..codegen.registry import program_of
 from ..runtime import library, tables
 from ..runtime.backend import uses_triton
 from ..runtime.compat import cudnn_settings
 from ..runtime.settings import settings
 from . import dispatch, pytorch
+from .algorithms import common
 from .dispatch import Runner, runner
-from .epilogue import apply_with_torch
 from .problem import ConvProblem, Direction, EpilogueSpec, dense_strides, output_size
 
 Tensor = torch.Tensor
 
-_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups, str precision"
+GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups, str precision"
 
 
 def pairs(padding: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -49,19 +44,20 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() > 2 and x.stride(1) == 1 and x.stride(-1) >= x.shape[1]
 
 
-def _result_channels_last(x: Tensor, w: Tensor) -> bool:
+def result_channels_last(x: Tensor, w: Tensor) -> bool:
     """Results keep the input's memory format; a map of one channel follows its weight too."""
     return is_channels_last(x) or (x.shape[1] == 1 and is_channels_last(w))
 
 
-def _empty(shape: Sequence[Any], dtype: torch.dtype, device: Any, channels_last: bool) -> Tensor:
+def empty(shape: Sequence[Any], dtype: torch.dtype, device: Any, channels_last: bool) -> Tensor:
+    """A fresh dense tensor in either memory format."""
     form = torch.contiguous_format
     if channels_last:
         form = {3: form, 4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)]
     return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=form)
 
 
-_FORWARD: dict[Any, tuple[Runner | None, tuple[int, ...], tuple[int, ...]]] = {}
+FORWARD: dict[Any, tuple[Runner | None, tuple[int, ...], tuple[int, ...]]] = {}
 _BACKWARD: dict[Any, tuple[Runner, tuple[int, ...], tuple[int, ...]]] = {}
 
 
@@ -72,21 +68,21 @@ _MAX_PREPARED = 4096
 def refresh() -> None:
     """Drop every prepared call when tables or settings have changed, or there are too many."""
     global _prepared_epoch
-    full = len(_FORWARD) + len(_BACKWARD) > _MAX_PREPARED
+    full = len(FORWARD) + len(_BACKWARD) > _MAX_PREPARED
     if full or _prepared_epoch != tables.epoch():
         _prepared_epoch = tables.epoch()
-        _FORWARD.clear()
+        FORWARD.clear()
         _BACKWARD.clear()
         dispatch.forget()
 
 
-def _note(problem: ConvProblem) -> None:
+def note(problem: ConvProblem) -> None:
     """Let a recording see a problem that PyTorch serves (CPU tensors)."""
     if tables.is_recording() and len(problem.in_size) == 2:
         tables.note(dispatch.OPERATORS[problem.direction, 2], problem)
 
 
-def _forward_problem(
+def forward_problem(
     x: Tensor,
     w: Tensor,
     stride: Sequence[int],
@@ -96,6 +92,7 @@ def _forward_problem(
     precision: str,
     epilogue: EpilogueSpec | None = None,
 ) -> ConvProblem:
+    """The forward product of these tensors as a problem."""
     kernel = tuple(w.shape[2:])
     in_size = tuple(x.shape[2:])
     out_size = output_size(in_size, kernel, stride, pairs(padding), dilation)
@@ -116,7 +113,7 @@ def _forward_problem(
         precision=precision,
         x_strides=tuple(x.stride()),
         w_strides=tuple(w.stride()),
-        y_strides=dense_strides(y_shape, _result_channels_last(x, w)),
+        y_strides=dense_strides(y_shape, result_channels_last(x, w)),
         epilogue=epilogue,
     )
 
@@ -176,12 +173,12 @@ def _conv(
         groups,
         precision,
     )
-    found = _FORWARD.get(key)
+    found = FORWARD.get(key)
     if found is None:
         found = _prepare_forward(key, x, w, stride, padding, dilation, groups, precision)
     prepared, shape, strides = found
     if prepared is None:
-        return _product_with_torch(x, w, stride, padding, dilation, groups, precision)
+        return product_with_torch(x, w, stride, padding, dilation, groups, precision)
     if prepared.executable is None:
         named = {"input": x, "weight": w}
         return prepared.algorithm.compute(prepared.problem, named)  # type: ignore[attr-defined]
@@ -190,7 +187,7 @@ def _conv(
     return y
 
 
-def _product_with_torch(
+def product_with_torch(
     x: Tensor,
     w: Tensor,
     stride: Sequence[int],
@@ -200,15 +197,12 @@ def _product_with_torch(
     precision: str,
 ) -> Tensor:
     """PyTorch's product in the memory format that the fake promises."""
-    channels_last = _result_channels_last(x, w)
+    channels_last = result_channels_last(x, w)
     size = output_size(x.shape[2:], w.shape[2:], stride, pairs(padding), dilation)
     shape = (x.shape[0], w.shape[0], *size)
     if 0 in shape or 0 in w.shape:
-        return _empty(shape, x.dtype, x.device, channels_last).zero_()
-    if x.is_cuda:
-        with cudnn_settings(allow_tf32=precision == "tf32", deterministic=not settings.atomics):
-            y = pytorch.forward(x, w, None, stride, pairs(padding), dilation, groups)
-    else:
+        return empty(shape, x.dtype, x.device, channels_last).zero_()
+    with _pytorch_settings(x, precision):
         y = pytorch.forward(x, w, None, stride, pairs(padding), dilation, groups)
     return _as_format(y, channels_last)
 
@@ -223,17 +217,17 @@ def _prepare_forward(
     groups: int,
     precision: str,
 ) -> tuple[Runner | None, tuple[int, ...], tuple[int, ...]]:
-    problem = _forward_problem(x, w, stride, padding, dilation, groups, precision)
+    problem = forward_problem(x, w, stride, padding, dilation, groups, precision)
     triton = uses_triton(x.device) and 0 not in problem.y_shape and 0 not in problem.w_shape
     triton = triton and len(problem.in_size) == 2
     if not triton:
-        _note(problem)
+        note(problem)
         return None, problem.y_shape, problem.y_strides
-    found = _FORWARD[key] = (runner(problem, x.device), problem.y_shape, problem.y_strides)
+    found = FORWARD[key] = (runner(problem, x.device), problem.y_shape, problem.y_strides)
     return found
 
 
-def _conv_fake(
+def conv_fake(
     x: Tensor,
     w: Tensor,
     stride: list[int],
@@ -242,9 +236,10 @@ def _conv_fake(
     groups: int,
     precision: str,
 ) -> Tensor:
+    """Shape, dtype and strides of the forward product."""
     size = output_size(x.shape[2:], w.shape[2:], stride, pairs(padding), dilation)
     shape = (x.shape[0], w.shape[0], *size)
-    return _empty(shape, x.dtype, x.device, _result_channels_last(x, w))
+    return empty(shape, x.dtype, x.device, result_channels_last(x, w))
 
 
 def _dgrad(
@@ -258,27 +253,48 @@ def _dgrad(
     precision: str,
 ) -> Tensor:
     shape = (grad.shape[0], w.shape[1] * groups, *in_size)
-    channels_last = _result_channels_last(grad, w)
-    if 0 in shape or 0 in grad.shape or 0 in w.shape:
-        return _empty(shape, grad.dtype, grad.device, channels_last).zero_()
+    channels_last = result_channels_last(grad, w)
+    geometry = (stride, padding, dilation, groups, precision)
+    return _gradient(Direction.DGRAD, grad, w, shape, channels_last, geometry)
+
+
+def _wgrad(
+    grad: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    precision: str,
+) -> Tensor:
+    shape = (grad.shape[1], x.shape[1] // groups, *kernel)
+    geometry = (stride, padding, dilation, groups, precision)
+    return _gradient(Direction.WGRAD, grad, x, shape, is_channels_last(x), geometry)
+
+
+def _gradient(
+    direction: Direction,
+    grad: Tensor,
+    other: Tensor,
+    shape: tuple[int, ...],
+    channels_last: bool,
+    geometry: tuple[Any, ...],
+) -> Tensor:
+    """Gradient by the input (``other`` is the weight) or by the weight (``other`` the input)."""
+    if 0 in shape or 0 in grad.shape or 0 in other.shape:
+        return empty(shape, grad.dtype, grad.device, channels_last).zero_()
     refresh()
-    if not uses_triton(grad.device) or len(in_size) != 2:
-        if tables.is_recording():
-            x_side = (shape, dense_strides(shape, channels_last))
-            w_side = (w.shape, w.stride())
-            geometry = (stride, padding, dilation, groups, precision)
-            _note(_gradient_problem(Direction.DGRAD, x_side, w_side, grad, *geometry))
-        out = pytorch.dgrad(grad, w, in_size, stride, pairs(padding), dilation, groups)
-        return _as_format(out, channels_last)
+    stride, padding, dilation, groups, precision = geometry
     key = (
-        "d",
+        direction,
         grad.shape,
         grad.stride(),
-        w.shape,
-        w.stride(),
+        other.shape,
+        other.stride(),
         grad.dtype,
         grad.device,
-        *in_size,
+        shape,
         *stride,
         *padding,
         *dilation,
@@ -288,26 +304,45 @@ def _dgrad(
     found = _BACKWARD.get(key)
     if found is None:
         strides = dense_strides(shape, channels_last)
-        problem = _gradient_problem(
-            Direction.DGRAD,
-            (shape, strides),
-            (w.shape, w.stride()),
-            grad,
-            stride,
-            padding,
-            dilation,
-            groups,
-            precision,
-        )
+        result, given = (shape, strides), (tuple(other.shape), tuple(other.stride()))
+        x, w = (result, given) if direction is Direction.DGRAD else (given, result)
+        problem = _gradient_problem(direction, x, w, grad, *geometry)
+        if not uses_triton(grad.device) or len(shape) != 4:
+            note(problem)
+            return _gradient_with_torch(problem, grad, other, channels_last, geometry)
         found = _BACKWARD[key] = (runner(problem, grad.device), shape, strides)
     prepared, shape, strides = found
     if prepared.executable is None:
-        named = {"grad_output": grad, "weight": w}
-        result = prepared.algorithm.compute(prepared.problem, named)  # type: ignore[attr-defined]
-        return _as_format(result, channels_last)
-    x = torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device)
-    prepared.executable(grad, w, x)
-    return x
+        names = common.slot_names(direction)
+        named = {names[0]: grad, names[1]: other}
+        return prepared.algorithm.compute(prepared.problem, named)  # type: ignore[attr-defined]
+    out = torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device)
+    prepared.executable(grad, other, out)
+    return out
+
+
+def _gradient_with_torch(
+    problem: ConvProblem,
+    grad: Tensor,
+    other: Tensor,
+    channels_last: bool,
+    geometry: tuple[Any, ...],
+) -> Tensor:
+    stride, padding, dilation, groups, precision = geometry
+    arguments = (stride, pairs(padding), dilation, groups)
+    with _pytorch_settings(grad, precision):
+        if problem.direction is Direction.DGRAD:
+            out = pytorch.dgrad(grad, other, problem.in_size, *arguments)
+        else:
+            out = pytorch.wgrad(grad, other, problem.kernel, *arguments)
+    return _as_format(out, channels_last)
+
+
+def _pytorch_settings(t: Tensor, precision: str) -> AbstractContextManager[None]:
+    """The asked precision and order of sums, where PyTorch's kernel runs on a GPU."""
+    if not t.is_cuda:
+        return nullcontext()
+    return cudnn_settings(allow_tf32=precision == "tf32", deterministic=not settings.atomics)
 
 
 def _as_format(t: Tensor, channels_last: bool) -> Tensor:
@@ -327,70 +362,7 @@ def _dgrad_fake(
     precision: str,
 ) -> Tensor:
     shape = (grad.shape[0], w.shape[1] * groups, *in_size)
-    return _empty(shape, grad.dtype, grad.device, _result_channels_last(grad, w))
-
-
-def _wgrad(
-    grad: Tensor,
-    x: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    precision: str,
-) -> Tensor:
-    shape = (grad.shape[1], x.shape[1] // groups, *kernel)
-    channels_last = is_channels_last(x)
-    if 0 in shape or 0 in grad.shape or 0 in x.shape:
-        return _empty(shape, grad.dtype, grad.device, channels_last).zero_()
-    refresh()
-    if not uses_triton(grad.device) or len(kernel) != 2:
-        if tables.is_recording():
-            x_side = (x.shape, x.stride())
-            w_side = (shape, dense_strides(shape, channels_last))
-            geometry = (stride, padding, dilation, groups, precision)
-            _note(_gradient_problem(Direction.WGRAD, x_side, w_side, grad, *geometry))
-        out = pytorch.wgrad(grad, x, kernel, stride, pairs(padding), dilation, groups)
-        return _as_format(out, channels_last)
-    key = (
-        "w",
-        grad.shape,
-        grad.stride(),
-        x.shape,
-        x.stride(),
-        grad.dtype,
-        grad.device,
-        *kernel,
-        *stride,
-        *padding,
-        *dilation,
-        groups,
-        precision,
-    )
-    found = _BACKWARD.get(key)
-    if found is None:
-        strides = dense_strides(shape, channels_last)
-        problem = _gradient_problem(
-            Direction.WGRAD,
-            (x.shape, x.stride()),
-            (shape, strides),
-            grad,
-            stride,
-            padding,
-            dilation,
-            groups,
-            precision,
-        )
-        found = _BACKWARD[key] = (runner(problem, grad.device), shape, strides)
-    prepared, shape, strides = found
-    if prepared.executable is None:
-        named = {"grad_output": grad, "input": x}
-        result = prepared.algorithm.compute(prepared.problem, named)  # type: ignore[attr-defined]
-        return _as_format(result, channels_last)
-    w = torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device)
-    prepared.executable(grad, x, w)
-    return w
+    return empty(shape, grad.dtype, grad.device, result_channels_last(grad, w))
 
 
 def _wgrad_fake(
@@ -404,7 +376,7 @@ def _wgrad_fake(
     precision: str,
 ) -> Tensor:
     shape = (grad.shape[1], x.shape[1] // groups, *kernel)
-    return _empty(shape, grad.dtype, grad.device, is_channels_last(x))
+    return empty(shape, grad.dtype, grad.device, is_channels_last(x))
 
 
 class _Conv(library.OpFunction):
@@ -479,321 +451,22 @@ class _Wgrad(library.OpFunction):
 
 CONV = library.define(
     "conv",
-    f"(Tensor input, Tensor weight, {_GEOMETRY}) -> Tensor",
+    f"(Tensor input, Tensor weight, {GEOMETRY}) -> Tensor",
     _conv,
-    _conv_fake,
+    conv_fake,
     _Conv.run,
 )
 CONV_DGRAD = library.define(
     "conv_dgrad",
-    f"(Tensor grad_output, Tensor weight, SymInt[] in_size, {_GEOMETRY}) -> Tensor",
+    f"(Tensor grad_output, Tensor weight, SymInt[] in_size, {GEOMETRY}) -> Tensor",
     _dgrad,
     _dgrad_fake,
     _Dgrad.run,
 )
 CONV_WGRAD = library.define(
     "conv_wgrad",
-    f"(Tensor grad_output, Tensor input, SymInt[] kernel, {_GEOMETRY}) -> Tensor",
+    f"(Tensor grad_output, Tensor input, SymInt[] kernel, {GEOMETRY}) -> Tensor",
     _wgrad,
     _wgrad_fake,
     _Wgrad.run,
-)
-
-
-def _epilogue_impl(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    save_acc: bool,
-    geometry: tuple[Any, ...],
-) -> tuple[Tensor, Tensor | None]:
-    stride, padding, dilation, groups, precision = geometry
-    refresh()
-    if not uses_triton(x.device) or x.dim() != 4:
-        if tables.is_recording():
-            _note(_epilogue_problem(x, w, operands, captures, function, save_acc, geometry))
-        acc = _product_with_torch(x, w, *geometry)
-        y = apply_with_torch(function, acc, operands, captures)
-        return torch.empty_like(acc).copy_(y), acc
-    key = (
-        x.shape,
-        x.stride(),
-        w.shape,
-        w.stride(),
-        x.dtype,
-        x.device,
-        *stride,
-        *padding,
-        *dilation,
-        groups,
-        precision,
-        function,
-        save_acc,
-        *[(t.dtype, t.shape, t.stride()) for t in operands],
-        *[(t.dtype, t.shape, t.stride()) for t in captures],
-    )
-    found = _FORWARD.get(key)
-    if found is None:
-        found = _prepare_epilogue(key, x, w, operands, captures, function, save_acc, geometry)
-    prepared, shape, strides = found
-    y = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
-    saved = torch.empty_like(y) if save_acc else None
-    if prepared is not None:
-        outputs = (y,) if saved is None else (y, saved)
-        prepared(x, w, *outputs, *operands, *captures)
-    return y, saved
-
-
-def _epilogue_problem(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    save_acc: bool,
-    geometry: tuple[Any, ...],
-) -> ConvProblem:
-    bare = _forward_problem(x, w, *geometry)
-    spec = EpilogueSpec(
-        function,
-        tuple(t.dtype for t in operands),
-        tuple(tuple(t.expand(bare.y_shape).stride()) for t in operands),
-        tuple(t.dtype for t in captures),
-        tuple(tuple(t.shape) for t in captures),
-        tuple(tuple(t.stride()) for t in captures),
-        save_acc,
-    )
-    return replace(bare, epilogue=spec)
-
-
-def _prepare_epilogue(
-    key: Any,
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    save_acc: bool,
-    geometry: tuple[Any, ...],
-) -> tuple[Runner | None, tuple[int, ...], tuple[int, ...]]:
-    problem = _epilogue_problem(x, w, operands, captures, function, save_acc, geometry)
-    empty = 0 in problem.y_shape
-    found = (None if empty else runner(problem, x.device), problem.y_shape, problem.y_strides)
-    _FORWARD[key] = found
-    return found
-
-
-def _conv_epilogue(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> Tensor:
-    return _epilogue_impl(x, w, operands, captures, function, False, geometry)[0]
-
-
-def captures_of(function: str) -> bool:
-    """Whether an epilogue reads captured tensors."""
-    return bool(program_of(function).captures)
-
-
-def prepared_forward(
-    x: Tensor, w: Tensor, operands: list[Tensor], function: str | None, geometry: tuple[Any, ...]
-) -> Callable[..., Tensor] | None:
-    """The launch alone, for tensors like these and no gradient; None where PyTorch computes.
-
-    The result takes (x, w, *operands) and reads operands by pointer: their shapes are settled.
-    """
-    if not uses_triton(x.device) or x.dim() != 4:
-        return None
-    if function is None:
-        problem = _forward_problem(x, w, *geometry)
-    else:
-        problem = _epilogue_problem(x, w, operands, [], function, False, geometry)
-        if program_of(function).captures:
-            return None
-    shape, strides, dtype, device = problem.y_shape, problem.y_strides, x.dtype, x.device
-    if 0 in shape or 0 in problem.w_shape:
-        return None
-    executable = runner(problem, device).executable
-    if executable is None:
-        return None
-
-    def forward(x: Tensor, w: Tensor, *operands: Tensor) -> Tensor:
-        y = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        executable(x, w, y, *operands)
-        return y
-
-    return forward
-
-
-def _conv_epilogue_fake(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> Tensor:
-    return _conv_fake(x, w, *geometry)
-
-
-def _conv_epilogue_acc(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> tuple[Tensor, Tensor]:
-    y, acc = _epilogue_impl(x, w, operands, captures, function, True, geometry)
-    assert acc is not None
-    return y, acc
-
-
-def _conv_epilogue_acc_fake(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> tuple[Tensor, Tensor]:
-    return _conv_fake(x, w, *geometry), _conv_fake(x, w, *geometry)
-
-
-@functools.cache
-def _as_elements(program: Program) -> Program:
-    """The epilogue read from memory: its accumulator is an operand like the others."""
-    return ScalarFunction(program, ()).with_roles(acc=Role.ELEMENT).program
-
-
-def _wanted(program: Program, needs: Sequence[bool]) -> tuple[str, ...]:
-    """Names to differentiate by: ``needs`` has acc, then operands, then captures."""
-    operands = [a for a in program.arguments if a.role is not Role.COORD]
-    wrt = [
-        a.name
-        for a, need in zip(operands, needs, strict=False)
-        if need and a.dtype.is_floating_point
-    ]
-    for k, load in enumerate(program.loads):
-        if needs[len(operands) + load.capture] and load.dtype.is_floating_point:
-            wrt.append(f"load:{k}")
-    return tuple(wrt)
-
-
-class _ConvEpilogue(library.OpFunction):
-    """y = f(conv(x, w), …); returns (y, acc) when f's gradient reads the accumulator.
-
-    The accumulator is a differentiable output: a second derivative reaches x and w through it.
-    """
-
-    @staticmethod
-    def forward(
-        function: str,
-        geometry: tuple[Any, ...],
-        save_acc: bool,
-        count: int,
-        x: Tensor,
-        w: Tensor,
-        *tensors: Tensor,
-    ) -> Any:
-        operands, captures = list(tensors[:count]), list(tensors[count:])
-        op = CONV_EPILOGUE_ACC if save_acc else CONV_EPILOGUE
-        return op.below_autograd(x, w, operands, captures, function, *geometry)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.function, ctx.geometry, ctx.save_acc, ctx.count, x, w, *tensors = inputs
-        y, acc = output if ctx.save_acc else (output, None)
-        ctx.channels_last = is_channels_last(y)
-        ctx.shape = y.shape
-        ctx.dtype = y.dtype
-        ctx.in_size, ctx.kernel = list(x.shape[2:]), list(w.shape[2:])
-        need_x, need_w = ctx.needs_input_grad[4:6]
-        ctx.save_for_backward(x if need_w else None, w if need_x else None, acc, *tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_acc: Tensor | None = None) -> tuple[Any, ...]:
-        x, w, acc, *tensors = ctx.saved_tensors
-        need_x, need_w, *need_tensors = ctx.needs_input_grad[4:]
-        results: tuple[Tensor | None, ...] = (None,) * (1 + len(tensors))
-        if grad is not None:
-            # Where the derivative does not read the accumulator any tensor stands in for it.
-            stand_in = acc if acc is not None else grad
-            results = pull_back(
-                _as_elements(program_of(ctx.function)),
-                ctx.shape,
-                [stand_in, *tensors[: ctx.count]],
-                tensors[ctx.count :],
-                [grad],
-                [need_x or need_w, *need_tensors],
-                ctx.channels_last,
-            )
-        through, *rest = results
-        if through is not None and grad_acc is not None:
-            through = through + grad_acc
-        elif through is None:
-            through = grad_acc
-        grad_x = grad_w = None
-        if through is not None:
-            if need_x:
-                grad_x = CONV_DGRAD(through, w, ctx.in_size, *ctx.geometry)
-            if need_w:
-                grad_w = CONV_WGRAD(through, x, ctx.kernel, *ctx.geometry)
-        return (None, None, None, None, grad_x, grad_w, *rest)
-
-
-def _epilogue_autograd(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> Tensor:
-    program = program_of(function)
-    needs = [x.requires_grad or w.requires_grad]
-    needs += [t.requires_grad for t in (*operands, *captures)]
-    if torch._C._are_functorch_transforms_active():
-        # What an outer transform differentiates by does not show at this level.
-        needs = [True] * len(needs)
-    wrt = _wanted(program, needs)
-    save_acc = bool(wrt) and "acc" in program.vjp(wrt).live
-    result = _ConvEpilogue.run(
-        function, geometry, save_acc, len(operands), x, w, *operands, *captures
-    )
-    return result[0] if save_acc else result
-
-
-def _epilogue_acc_autograd(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> tuple[Tensor, Tensor]:
-    return _ConvEpilogue.run(function, geometry, True, len(operands), x, w, *operands, *captures)
-
-
-_EPILOGUE = f"Tensor[] operands, Tensor[] captures, str function, {_GEOMETRY}"
-CONV_EPILOGUE = library.define(
-    "conv_epilogue",
-    f"(Tensor input, Tensor weight, {_EPILOGUE}) -> Tensor",
-    _conv_epilogue,
-    _conv_epilogue_fake,
-    _epilogue_autograd,
-)
-CONV_EPILOGUE_ACC = library.define(
-    "conv_epilogue_acc",
-    f"(Tensor input, Tensor weight, {_EPILOGUE}) -> (Tensor, Tensor)",
-    _conv_epilogue_acc,
-    _conv_epilogue_acc_fake,
-    _epilogue_acc_autograd,
 )

@@ -29,7 +29,8 @@ from .common import (
     widen,
     widen_strides,
 )
-from .implicit_gemm import needs_bounds, reduction_call
+from .implicit_gemm import reduction_call
+from .tiles import needs_bounds
 
 
 @triton.jit

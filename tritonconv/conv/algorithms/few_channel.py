@@ -14,7 +14,8 @@ from ...runtime.operators import Algorithm
 from ...runtime.plan import LaunchPlan
 from ..problem import ConvProblem, Direction
 from .common import TileConfig, unsupported_dtype
-from .implicit_gemm import tile_configs, wgrad_plan
+from .implicit_gemm import wgrad_plan
+from .tiles import tile_configs
 from .windows import window_configs, window_forward_plan
 
 MAX_CHANNELS = 8

@@ -10,7 +10,8 @@ from ...runtime.operators import Algorithm
 from ...runtime.plan import LaunchPlan
 from ..problem import ConvProblem
 from .common import TileConfig, unsupported_dtype
-from .implicit_gemm import plan_of, tile_configs
+from .implicit_gemm import plan_of
+from .tiles import tile_configs
 
 _MAX_GRID_Y = 65535
 

@@ -27,7 +27,8 @@ from .common import (
     widen,
     widen_strides,
 )
-from .implicit_gemm import flat_rows, tile_configs, wgrad_plan
+from .implicit_gemm import wgrad_plan
+from .tiles import flat_rows, tile_configs
 from .windows import flat_filters, window_configs, window_forward_plan
 
 

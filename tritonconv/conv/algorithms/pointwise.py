@@ -24,7 +24,8 @@ from .common import (
     widen,
     widen_strides,
 )
-from .implicit_gemm import product_shape, tile_configs, wgrad_plan
+from .implicit_gemm import wgrad_plan
+from .tiles import product_shape, tile_configs
 
 
 @triton.jit

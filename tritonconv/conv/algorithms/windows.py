@@ -20,7 +20,7 @@ from .common import (
     widen,
     widen_strides,
 )
-from .implicit_gemm import flat_rows, needs_bounds
+from .tiles import flat_rows, needs_bounds
 
 
 @triton.jit
