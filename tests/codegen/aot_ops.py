@@ -87,11 +87,14 @@ def failures(items: list[tuple[str, ScalarFunction]], target: Any) -> dict[str, 
 
 
 def collect(every: int) -> list[tuple[str, ScalarFunction]]:
-    """One function for each different program among every ``every``-th operator case."""
+    """Each operator's first case and every ``every``-th of the others, equal programs once."""
     items: list[tuple[str, ScalarFunction]] = []
     seen: set[str] = set()
-    cases = [case for op in operators() for case in cases_of(op)]
-    for case in cases[::every]:
+    chosen: list[Case] = []
+    for op in operators():
+        cases = list(cases_of(op))
+        chosen += cases[:1] + cases[every::every]
+    for case in chosen:
         function = trace(Case.__call__.__get__(case), case.arguments())
         shape = hashlib.sha256(function.source.split("@triton.jit")[1].encode()).hexdigest()
         shape += str([a.dtype for a in function.arguments])
@@ -107,7 +110,13 @@ def main(target_name: str, every: int = 1) -> None:
     found: dict[str, str] = {}
     for start in range(0, len(items), CHUNK):
         found |= failures(items[start : start + CHUNK], target)
-    print(json.dumps({"target": target_name, "count": len(items), "failures": found}))
+    report = {
+        "target": target_name,
+        "operators": len(list(operators())),
+        "count": len(items),
+        "failures": found,
+    }
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

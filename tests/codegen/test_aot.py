@@ -11,7 +11,8 @@ import pytest
 from tests.aot import start
 from tritonconv.runtime.aot import TARGETS
 
-# Every program for one target of each vendor took a minute; a sample keeps the suite short.
+# Every program for one target of each vendor took a minute: beside the first case of every
+# operator a sample of the others keeps the suite short.
 SAMPLE = 12
 
 
@@ -24,5 +25,6 @@ def _started() -> dict[str, Future[Any]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_operators_compile(target):
     result = _started()[target].result()
-    assert result["count"] > 80
+    assert result["operators"] >= 80
+    assert result["count"] >= result["operators"] / 2  # equal programs are compiled once
     assert result["failures"] == {}
