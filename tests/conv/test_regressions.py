@@ -284,7 +284,7 @@ def test_a_far_operand_of_the_epilogue(axis: int, device: torch.device) -> None:
 def test_a_far_element_of_a_captured_tensor(device: torch.device) -> None:
     x, w, y = operands(device)
     rows = 2**22
-    table = reach((rows + 1) * 512, torch.int8, device).view(rows + 1, 512)
+    table = reach(2**31 + (rows + 1) * 512, torch.int8, device)[2**31 :].view(rows + 1, 512)
     table[rows, :4] = torch.arange(4, device=device)
     result = tc.conv2d(x, w, epilogue=lambda y, *, c: y + table[rows - 0 * c, c])
     torch.testing.assert_close(result, y + torch.arange(4, device=device)[:, None, None])
