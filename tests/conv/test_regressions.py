@@ -70,7 +70,6 @@ def test_a_rebound_global_function(anew: bool, device: torch.device) -> None:
 
 @BOTH
 @pytest.mark.usefixtures("server")
-@pytest.mark.xfail(strict=True, reason="attributes of objects are fixed at the first trace")
 def test_a_changed_attribute_of_a_module(device: torch.device) -> None:
     x, w, y = operands(device)
     cfg = types.ModuleType("cfg")
@@ -162,7 +161,6 @@ def test_a_bias_that_is_no_plain_tensor_is_prepared_for_nothing(
 
 # Not with kernels: they would read memory that is none.
 @pytest.mark.parametrize("kind", ["subclass", "fake"])
-@pytest.mark.xfail(strict=True, reason="only the input decides whether PyTorch dispatches")
 def test_a_bias_that_is_no_plain_tensor(kind: str, device: torch.device) -> None:
     x, w, _ = operands(device)
     b = torch.randn(4, device=device)

@@ -70,7 +70,6 @@ print(torch.backends.cudnn.conv.fp32_precision)
 """
 
 
-@pytest.mark.xfail(strict=True, reason="an inherited precision is written back as a chosen one")
 def test_cudnn_settings_leave_an_inherited_precision_inherited() -> None:
     # No setting of PyTorch's undoes the first line, hence another process.
     done = subprocess.run([sys.executable, "-c", INHERITED], capture_output=True, text=True)

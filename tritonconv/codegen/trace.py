@@ -11,7 +11,7 @@ import textwrap
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -494,11 +494,16 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
 
 
 class _Fingerprint:
-    """What a trace depends on: values of plain data, identities of everything else."""
+    """What a trace depends on: values of plain data, identities of everything else.
+
+    Of an object it also sees the attributes whose names occur in the function's code: what
+    ``self.slope`` or ``config.eps`` reads now.
+    """
 
     def __init__(self) -> None:
         self.objects: list[Any] = []
         self._open: set[int] = set()
+        self._names: set[str] = set()
 
     def of(self, x: Any) -> Any:
         kind = type(x)
@@ -515,13 +520,31 @@ class _Fingerprint:
             keywords = tuple((k, self.of(v)) for k, v in x.keywords.items())
             return ("partial", self.of(x.func), self.of(x.args), keywords)
         self.objects.append(x)
-        return id(x)
+        return (id(x), *self._attributes(x))
+
+    def _attributes(self, x: Any) -> Iterator[Any]:
+        if isinstance(x, Tensor) or id(x) in self._open:
+            return
+        if isinstance(x, types.ModuleType) and x.__name__.split(".")[0] in ("torch", "math"):
+            return
+        plain = _unwrap(x)
+        if isinstance(plain, types.FunctionType):
+            self._names.update(_global_names(plain.__code__))
+        spaces = [getattr(x, "__dict__", {})]
+        if isinstance(x, torch.nn.Module):
+            spaces += [x._parameters, x._buffers, x._modules]
+        self._open.add(id(x))
+        for space in spaces:
+            for name in sorted(self._names.intersection(space)):
+                yield name, self.of(space[name])
+        self._open.discard(id(x))
 
     def function(self, fn: types.FunctionType) -> Any:
         if id(fn) in self._open:
             return "recursion"
         self._open.add(id(fn))
         code, scope = fn.__code__, fn.__globals__
+        self._names.update(_global_names(code))
         parts: list[Any] = [code]
         if fn.__closure__:
             for cell in fn.__closure__:
@@ -561,7 +584,8 @@ def trace(
     Results are cached by code object, closure cells, defaults, bound object and the globals that
     the code names (numbers by value, tensors and other objects by identity), together with
     ``arguments``. A new lambda of the same code and cells is found; a changed number traces again.
-    Attributes read through an object (``self.scale``, ``config.eps``) are fixed at the first trace.
+    So are the attributes of such objects that the code names (``self.scale``, ``config.eps``). What
+    is read from a dictionary, by ``getattr`` or through a property is fixed at the first trace.
 
     A Python index that is negative counts from the end. An index computed at run time must lie
     inside the tensor wherever the mask is set: nothing checks or wraps it on the GPU.

@@ -58,8 +58,9 @@ def _wanted_coordinates(fn: Callable[..., Any], rank: int) -> tuple[str, ...]:
 
 
 def _signature_coordinates(fn: Callable[..., Any], rank: int) -> tuple[str, ...]:
+    target = fn.forward if isinstance(fn, torch.nn.Module) else fn
     try:
-        parameters = inspect.signature(fn).parameters.values()
+        parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
         return ()
     asked = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

@@ -342,7 +342,8 @@ def _pytorch_settings(t: Tensor, precision: str) -> AbstractContextManager[None]
     """The asked precision and order of sums, where PyTorch's kernel runs on a GPU."""
     if not t.is_cuda:
         return nullcontext()
-    return cudnn_settings(allow_tf32=precision == "tf32", deterministic=not settings.atomics)
+    allow_tf32 = precision == "tf32" if t.dtype is torch.float32 else None
+    return cudnn_settings(allow_tf32=allow_tf32, deterministic=not settings.atomics)
 
 
 def _as_format(t: Tensor, channels_last: bool) -> Tensor:

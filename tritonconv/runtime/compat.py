@@ -124,15 +124,29 @@ _CUDNN_LOCK = threading.RLock()
 
 
 @contextmanager
-def cudnn_settings(*, allow_tf32: bool, deterministic: bool) -> Iterator[None]:
-    """cuDNN with these settings; they are PyTorch's globals, so threads take turns."""
+def cudnn_settings(*, allow_tf32: bool | None, deterministic: bool) -> Iterator[None]:
+    """cuDNN with these settings; they are PyTorch's globals, so threads take turns.
+
+    Args:
+        allow_tf32: for float32 products; None where there are none, which leaves it alone.
+        deterministic: demand sums in a fixed order (never lifts the user's own demand).
+    """
     backend: Any = torch.backends.cudnn  # the stubs do not know its settings by operator
     with _CUDNN_LOCK:
-        before = backend.conv.fp32_precision, torch._C._get_cudnn_deterministic()
-        backend.conv.fp32_precision = "tf32" if allow_tf32 else "ieee"
-        torch._C._set_cudnn_deterministic(before[1] or deterministic)
+        precision = backend.conv.fp32_precision
+        wanted = precision if allow_tf32 is None else "tf32" if allow_tf32 else "ieee"
+        change = wanted != precision and (precision, wanted) != ("none", "ieee")
+        fixed_order = torch._C._get_cudnn_deterministic()
+        if change:
+            backend.conv.fp32_precision = wanted
+        torch._C._set_cudnn_deterministic(fixed_order or deterministic)
         try:
             yield
         finally:
-            backend.conv.fp32_precision = before[0]
-            torch._C._set_cudnn_deterministic(before[1])
+            torch._C._set_cudnn_deterministic(fixed_order)
+            if change:
+                # What was read may be inherited from a wider setting: it must stay inherited, or
+                # a later change of that setting would not reach convolutions any more.
+                backend.conv.fp32_precision = "none"
+                if backend.conv.fp32_precision != precision:
+                    backend.conv.fp32_precision = precision

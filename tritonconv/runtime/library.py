@@ -68,7 +68,7 @@ class Op:
             # Transforms nest around an autograd.Function, not around a kernel of the Autograd key.
             _refuse_tangents(str(self.overload), args)
             return self.autograd(*args)
-        if not plain(self.probe(args)):
+        if not (plain(self.probe(args)) and _plain_tensors(args)):
             return self.overload(*args)
         if torch.is_grad_enabled() and _requires_grad(args):
             return self.autograd(*args)
@@ -76,7 +76,7 @@ class Op:
 
     def below_autograd(self, *args: Any) -> Any:
         """Run the implementation from inside the operator's own ``Function.forward``."""
-        if plain(self.probe(args)):
+        if plain(self.probe(args)) and _plain_tensors(args):
             return self.implementation(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
@@ -162,6 +162,18 @@ def _one_by_one(name: str, call: Callable[..., Any], info: Any, in_dims: Any, *a
         return torch.stack(results), 0
     stacked = [torch.stack(column) for column in zip(*results, strict=True)]
     return type(results[0])(stacked), type(results[0])([0] * len(stacked))
+
+
+def _plain_tensors(args: Sequence[Any]) -> bool:
+    """Whether no argument is a tensor subclass or fake, which the dispatcher must see."""
+    for arg in args:
+        kind = type(arg)
+        if kind is list or kind is tuple:
+            if not _plain_tensors(arg):
+                return False
+        elif kind not in PLAIN_TYPES and isinstance(arg, torch.Tensor):
+            return False
+    return True
 
 
 def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
