@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from tritonconv.runtime.errors import bad_value
+from tritonconv.runtime.operators import Operator, Problem
 
 from ..bench import DEFAULT, TORCH, TUNED, Comparison
 from ..bench import bench as run_bench
+from ..host import host_times
 from ..measure import CudaLab, Policy
 from ..tune import unique_pairs
 from .common import (
@@ -21,6 +23,7 @@ from .common import (
     LayoutOption,
     NoColorOption,
     OperatorsArgument,
+    Output,
     QuietOption,
     ShapesOption,
     VerboseOption,
@@ -42,6 +45,9 @@ def bench(
     ] = Policy.GRAPH_COLD,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Turns of each contender.")] = 20,
     seed: Annotated[int, typer.Option("--seed", help="Of the tensors.")] = 0,
+    host: Annotated[
+        bool, typer.Option("--host", help="Host time of eager calls instead of device time.")
+    ] = False,
     json_: JsonOption = False,
     cache_dir: CacheDirOption = None,
     quiet: QuietOption = False,
@@ -54,6 +60,9 @@ def bench(
         raise bad_value("bench", "--shapes", "nothing")
     lab = CudaLab()
     pairs = unique_pairs(pairs_of(operators, shapes, dtypes=dtype, layouts=layout))
+    if host:
+        _host(out, pairs, lab)
+        return
     results: list[Comparison] = []
 
     def collect(comparison: Comparison) -> None:
@@ -97,6 +106,30 @@ def bench(
     out.result(payload, shown, summary)
     if interrupted:
         raise typer.Exit(130)
+
+
+def _host(out: Output, pairs: Sequence[tuple[Operator, Problem]], lab: CudaLab) -> None:
+    """One ladder of host times per problem."""
+    rows = []
+    for operator, problem in pairs:
+        shown = table("call", "µs on the host>", title=str(problem))
+        times = host_times(
+            operator.name,
+            problem,
+            lab.device,
+            progress=lambda taken: out.say(f"{taken.call}: {taken.microseconds:.1f} µs"),
+        )
+        for taken in times:
+            shown.add_row(taken.call, number(taken.microseconds, 1))
+        rows.append((problem_json(operator.name, problem), times, shown))
+    payload = {
+        "device": lab.facts.as_dict(),
+        "results": [
+            {**described, "host_us": {taken.call: taken.microseconds for taken in times}}
+            for described, times, _ in rows
+        ],
+    }
+    out.result(payload, *(shown for _, _, shown in rows))
 
 
 def geomean(results: Sequence[Comparison], other: str) -> float | None:

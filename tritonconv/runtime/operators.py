@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -188,3 +188,25 @@ def get_operator(name: str) -> Operator:
     if name not in _OPERATORS:
         raise bad_value("operator", " | ".join(_OPERATORS), repr(name))
     return _OPERATORS[name]
+
+
+HostCalls = Callable[[Any, torch.device], Mapping[str, Callable[[], Any]]]
+"""From a problem and a device to calls as users write them, by what one would write."""
+
+_HOST_CALLS: dict[str, HostCalls] = {}
+
+
+def register_host_calls(operator: str, make: HostCalls) -> None:
+    """Offer eager calls whose host time ``autotune bench --host`` compares."""
+    _HOST_CALLS[operator] = make
+
+
+def host_calls_of(operator: str) -> HostCalls:
+    """What :func:`register_host_calls` was given for an operator.
+
+    Raises:
+        ArgumentValueError: the operator offers none.
+    """
+    if operator not in _HOST_CALLS:
+        raise bad_value("operator", " | ".join(_HOST_CALLS), repr(operator))
+    return _HOST_CALLS[operator]
