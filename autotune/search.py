@@ -41,7 +41,11 @@ class Status(StrEnum):
     """Timed in the first round only."""
     CONSTRAINT = "constraint"
     COMPILE = "compile"
+    COMPILE_TIMEOUT = "compile_timeout"
     LAUNCH = "launch"
+    RUN_TIMEOUT = "run_timeout"
+    CRASH = "crash"
+    """The process that ran it died, or its GPU context broke."""
     NUMERIC = "numeric"
 
 

@@ -37,7 +37,7 @@ def host_calls(problem: ConvProblem, device: torch.device) -> Mapping[str, Calla
     recorded = w.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     grad = torch.ones_like(y)
-    geometry = {
+    geometry: dict[str, Any] = {
         "stride": problem.stride,
         "padding": problem.padding,
         "dilation": problem.dilation,
@@ -54,22 +54,22 @@ def host_calls(problem: ConvProblem, device: torch.device) -> Mapping[str, Calla
 
     return {
         "launch of the prepared plan alone": lambda: prepared(*slots),
-        "tc.conv2d(x, w)": lambda: conv2d(x, w, **geometry),  # type: ignore[arg-type]
+        "tc.conv2d(x, w)": lambda: conv2d(x, w, **geometry),
         "F.conv2d(x, w)": lambda: F.conv2d(x, w, **geometry),
-        "tc.conv2d(x, w, b)": lambda: conv2d(x, w, bias, **geometry),  # type: ignore[arg-type]
+        "tc.conv2d(x, w, b)": lambda: conv2d(x, w, bias, **geometry),
         "F.conv2d(x, w, b)": lambda: F.conv2d(x, w, bias, **geometry),
         "tc.conv2d(x, w, b, epilogue=relu of the sum with s)": lambda: conv2d(
             x,
             w,
             bias,
-            **geometry,  # type: ignore[arg-type]
+            **geometry,
             epilogue=_relu_of_sum,
             epilogue_args=(skip,),
         ),
         "torch.relu(F.conv2d(x, w, b) + s)": lambda: torch.relu(
             F.conv2d(x, w, bias, **geometry) + skip
         ),
-        "tc.conv2d(x, w), recording": lambda: conv2d(x, recorded, **geometry),  # type: ignore[arg-type]
+        "tc.conv2d(x, w), recording": lambda: conv2d(x, recorded, **geometry),
         "F.conv2d(x, w), recording": lambda: F.conv2d(x, recorded, **geometry),
         "tc.conv2d forward and both gradients": both_ways(conv2d),
         "F.conv2d forward and both gradients": both_ways(F.conv2d),
