@@ -75,19 +75,19 @@ def ceilings(device: DeviceFacts) -> Ceilings | None:
     return next((row for part, row in _CEILINGS if part in device.name), None)
 
 
-def floor_us(problem: Problem, device: DeviceFacts) -> float | None:
-    """The larger of compulsory traffic over bandwidth and arithmetic over rate, microseconds.
+def arithmetic(problem: Problem) -> str:
+    """Which rate bounds a problem, by its ``dtype`` and ``precision`` fields."""
+    fields = problem.fields()
+    dtype = str(fields.get("dtype", "float32"))
+    return "tf32" if dtype == "float32" and fields.get("precision") == "tf32" else dtype
 
-    A problem names its arithmetic by its ``dtype`` and ``precision`` fields.
-    """
+
+def floor_us(problem: Problem, device: DeviceFacts) -> float | None:
+    """The larger of compulsory traffic over bandwidth and arithmetic over rate, microseconds."""
     table = ceilings(device)
     if table is None:
         return None
-    fields = problem.fields()
-    arithmetic = str(fields.get("dtype", "float32"))
-    if arithmetic == "float32" and fields.get("precision") == "tf32":
-        arithmetic = "tf32"
-    rate = table.rates.get(arithmetic)
+    rate = table.rates.get(arithmetic(problem))
     if rate is None:
         return None
     return max(problem.bytes_moved() / table.bandwidth, problem.flops() / rate) * 1e6

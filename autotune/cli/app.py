@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from tritonconv.runtime.errors import ArgumentValueError, TritonConvError
 
 from ..measure import NoDeviceError
-from . import bench, devices, list_, quickstart, show, tune
+from . import bench, devices, list_, plot, quickstart, show, tune
 
 
 class ExitCode(IntEnum):
@@ -80,4 +80,5 @@ app.command("list")(list_.list_)
 app.command("tune")(tune.tune)
 app.command("show")(show.show)
 app.command("bench")(bench.bench)
+app.command("plot")(plot.plot)
 app.command("quickstart")(quickstart.quickstart)
