@@ -248,8 +248,8 @@ def tune_pairs(
                 # One problem that cannot be set up (too large for the device) is not all of them.
                 report = tuning.failed(error)
             reports.append(report)
-            if report.result is Result.TUNED:
-                invalidate(operator.name)
+            if report.result in (Result.TUNED, Result.KEPT):
+                invalidate(operator.name)  # KEPT: by another process, perhaps
             progress.end(report)
     except KeyboardInterrupt:
         raise TuningInterrupted(reports) from None
@@ -286,9 +286,13 @@ class _Tuning:
         fields = dict(self.problem.fields())
         self.space = space(self.operator, self.problem, facts)
         source = self.operator.source_hash()
-        old = self.store.load(self.env, self.operator.name, fields, source)
-        if old is not None and (options.force or old.policy != options.policy):
-            old = None
+        request = self._request()
+        space_hash = request["space"]
+        old = None
+        if not options.force:
+            old = self.store.load(
+                self.env, self.operator.name, fields, source, str(options.policy), space_hash
+            )
         plan = schedule(
             self.space,
             options.effort,
@@ -298,8 +302,12 @@ class _Tuning:
         )
         trials = self._known_trials(old)
         pending = [candidate for candidate in plan if candidate.as_key() not in trials]
-        request = self._request()
-        if old is not None and (not pending or old.recorded.get("completed") == request):
+        current = old is not None and old.space_hash == space_hash
+        if (
+            old is not None
+            and current
+            and (not pending or old.recorded.get("completed") == request)
+        ):
             path = self.store.path(self.env, self.operator.name, old.key())
             return self._report(Result.KEPT, old, path, len(plan), 0, True, (), begin)
 
@@ -339,6 +347,7 @@ class _Tuning:
             best=ordered[0],
             trials=ordered,
             recorded=recorded,
+            space_hash=space_hash,
         )
         entry = elect(draft)
         count = len(searched.outcomes)
@@ -493,7 +502,7 @@ class _Tuning:
         }
 
     def _recorded(self, begin: float, planned: int) -> dict[str, Any]:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         return {
             "created": now,
             "wall_s": round(time.monotonic() - begin, 3),
