@@ -74,6 +74,12 @@ class Program(Traced):
                 names.add(f"load:{node.args[1]}")
         return frozenset(names)
 
+    def __reduce__(self) -> Any:
+        """Programs travel as plain data."""
+        from .transport import pack, unpack
+
+        return unpack, (pack(self),)
+
     def vjp(self, wrt: tuple[str, ...]) -> Program:
         """The program of the vector-Jacobian product, made once for each ``wrt``."""
         found = self._derived.get(wrt)
