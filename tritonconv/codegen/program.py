@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from .derive import call_differentiably, vjp_program
 from .emit import emit_body, emit_header, function_name, lower
 from .ir import FULL, LOAD, Argument, Load, Output, Role, Traced, evaluate
 from .modules import digest, load_function
+from .transport import pack_graph, unpack_graph
 
 
 @dataclass(eq=False)
@@ -75,10 +76,11 @@ class Program(Traced):
         return frozenset(names)
 
     def __reduce__(self) -> Any:
-        """Programs travel as plain data."""
-        from .transport import pack, unpack
-
-        return unpack, (pack(self),)
+        """Programs travel as plain data; derivatives made of them stay behind."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["_derived"] = {}
+        values["graph"] = pack_graph(self.graph)
+        return _arrived, (values,)
 
     def vjp(self, wrt: tuple[str, ...]) -> Program:
         """The program of the vector-Jacobian product, made once for each ``wrt``."""
@@ -87,17 +89,22 @@ class Program(Traced):
             found = self._derived[wrt] = vjp_program(self, wrt)
         return found
 
-    def changed(self, **fields: Any) -> Program:
+    def changed(self, **changes: Any) -> Program:
         """The same program with other arguments or address width, made once for each choice."""
-        key = ("changed", *sorted(fields.items()))
+        key = ("changed", *sorted(changes.items()))
         found = self._derived.get(key)
         if found is None:
-            found = replace(self, _derived={}, **fields)
+            found = replace(self, _derived={}, **changes)
             for shared in ("lowered",):
                 if shared in self.__dict__:
                     found.__dict__[shared] = self.__dict__[shared]
             self._derived[key] = found
         return found
+
+
+def _arrived(values: dict[str, Any]) -> Program:
+    """The program whose parts :meth:`Program.__reduce__` sent."""
+    return Program(**{**values, "graph": unpack_graph(values["graph"])})
 
 
 class ScalarFunction:

@@ -1,7 +1,7 @@
-"""Programs as plain data, so that they can travel to another process.
+"""Graphs as plain data, so that programs can travel to another process.
 
 A graph of PyTorch's does not pickle, as its operators are looked up, not defined. Packed, every
-node is a tuple and every operator its name.
+node is a record and every operator its name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from ..runtime.errors import bad_value
-from .program import Program
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,9 @@ class _Ref:
 
 
 @dataclass(frozen=True)
-class _Node:
+class PackedNode:
+    """One node with names and numbers in place of operators and nodes."""
+
     op: str
     name: str
     target: str
@@ -35,22 +36,11 @@ class _Node:
     """The dtype, in a tuple; empty when the node has none."""
 
 
-@dataclass(frozen=True)
-class PackedProgram:
-    """A program whose graph is a list of nodes."""
-
-    fields: dict[str, Any]
-    nodes: tuple[_Node, ...]
-
-
-_PLAIN = ("origin", "order", "arguments", "outputs", "captures", "loads", "wide", "lineage")
-
-
-def pack(program: Program) -> PackedProgram:
-    """The program as data that pickles; derivatives made of it stay behind."""
-    numbers = {node: number for number, node in enumerate(program.graph.nodes)}
-    nodes = tuple(
-        _Node(
+def pack_graph(graph: fx.Graph) -> tuple[PackedNode, ...]:
+    """The graph as data that pickles."""
+    numbers = {node: number for number, node in enumerate(graph.nodes)}
+    return tuple(
+        PackedNode(
             node.op,
             node.name,
             _name_of(node.target),
@@ -58,16 +48,15 @@ def pack(program: Program) -> PackedProgram:
             _pack_value(node.kwargs, numbers),
             (node.meta["dtype"],) if "dtype" in node.meta else (),
         )
-        for node in program.graph.nodes
+        for node in graph.nodes
     )
-    return PackedProgram({name: getattr(program, name) for name in _PLAIN}, nodes)
 
 
-def unpack(packed: PackedProgram) -> Program:
-    """The program of :func:`pack`."""
+def unpack_graph(packed: tuple[PackedNode, ...]) -> fx.Graph:
+    """The graph of :func:`pack_graph`."""
     graph = fx.Graph()
     nodes: list[fx.Node] = []
-    for entry in packed.nodes:
+    for entry in packed:
         node = graph.create_node(
             entry.op,
             _named(entry.target) if entry.op == "call_function" else entry.target,
@@ -78,7 +67,7 @@ def unpack(packed: PackedProgram) -> Program:
         if entry.meta:
             node.meta["dtype"] = entry.meta[0]
         nodes.append(node)
-    return Program(graph=graph, **packed.fields)
+    return graph
 
 
 def _name_of(target: Any) -> str:
@@ -125,4 +114,4 @@ def _unpack_value(value: Any, nodes: list[fx.Node]) -> Any:
     return value
 
 
-__all__ = ["PackedProgram", "pack", "unpack"]
+__all__ = ["PackedNode", "pack_graph", "unpack_graph"]
