@@ -341,10 +341,10 @@ def trial_from_json(value: Any) -> Trial:
     """Rebuild a trial; what raises here is no trial."""
     timing = None
     if "p50_us" in value:
-        times = [float(value[name]) for name in ("p50_us", "p20_us", "p80_us")]
-        if not all(math.isfinite(time) and time > 0 for time in times):
+        p50, p20, p80 = (float(value[name]) for name in ("p50_us", "p20_us", "p80_us"))
+        if not all(math.isfinite(time) and time > 0 for time in (p50, p20, p80)):
             raise InvalidEntryError("times must be positive numbers")
-        timing = Timing(*times, int(value["count"]))
+        timing = Timing(p50, p20, p80, int(value["count"]))
     config = dict(value["config"])
     if any(type(v) is not int for v in config.values()):
         raise InvalidEntryError("config values must be integers")

@@ -174,6 +174,14 @@ class TunedTable:
         for source in self.sources:
             yield from source.entries(self.environment, operator)
 
+    def exact(self, operator: Operator, problem: Problem) -> Iterator[Located]:
+        """The entry of this very problem, with its trials, in every source that has one."""
+        key = problem_key(operator.name, problem.fields(), self._source_hash(operator))
+        for source in self.sources:
+            located = newest(source.exact(self.environment, operator.name, key))
+            if located is not None:
+                yield located
+
     def forget(self, operator: str | None = None) -> None:
         """Read the files of an operator, or of all, again at the next lookup (after tuning)."""
         for source in self.sources:
@@ -203,26 +211,18 @@ class TunedTable:
         return found
 
     def _find(self, operator: Operator, problem: Problem) -> Found:
-        fields = problem.fields()
-        for tier, located in self._candidates(operator, fields):
+        for tier, located in self._candidates(operator, problem):
             choice = _choice_of(operator, problem, located, tier)
             if choice is not None:
                 slim = replace(located.entry, trials=(), tied=())
                 return Found(choice, replace(located, entry=slim))
         return Found(default_choice(operator, problem, self.environment.device))
 
-    def _candidates(
-        self, operator: Operator, fields: Mapping[str, Field]
-    ) -> Iterator[tuple[Tier, Located]]:
+    def _candidates(self, operator: Operator, problem: Problem) -> Iterator[tuple[Tier, Located]]:
         """Entries in the read order; later steps are computed only when earlier ones fail."""
-        own = self.environment
-        key = problem_key(operator.name, fields, self._source_hash(operator))
-        for source in self.sources:
-            located = newest(source.exact(own, operator.name, key))
-            if located is not None:
-                yield Tier.EXACT, located
-        place = _Place.of(fields)
-        ranked = self._table(operator, own).ranked(place)
+        yield from ((Tier.EXACT, located) for located in self.exact(operator, problem))
+        place = _Place.of(problem.fields())
+        ranked = self._table(operator, self.environment).ranked(place)
         yield from ((Tier.BUCKET, row) for other, row in ranked if place.in_bucket(other))
         yield from ((Tier.NEAREST, row) for _, row in ranked[:_NEAREST])
         for env in self.family():
