@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..codegen.program import Program
+from ..codegen.registry import find_program, register_program
 from ..runtime.errors import bad_value
 from ..runtime.operators import Field
 
@@ -57,6 +60,17 @@ class EpilogueSpec:
     capture_shapes: tuple[tuple[int, ...], ...] = ()
     capture_strides: tuple[tuple[int, ...], ...] = ()
     save_acc: bool = False
+
+    def __reduce__(self) -> Any:
+        """A pickled spec takes its program along: keys mean something in one process only."""
+        values = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return _arrived_spec, (values, find_program(self.function))
+
+
+def _arrived_spec(values: tuple[Any, ...], program: Program | None) -> EpilogueSpec:
+    if program is not None:
+        register_program(program)
+    return EpilogueSpec(*values)
 
 
 def output_size(
