@@ -53,7 +53,7 @@ def explain(
     found = tables.find(op, problem)
     choice, located = found.choice, found.located
     default = default_choice(op, problem, facts)
-    nearest = near_misses(tables, op, problem)
+    nearest = near_misses(tables.environment, tables.sources, op, problem)
     candidates = space(op, problem, facts)
     is_default = (choice.algorithm, choice.config) == (default.algorithm, default.config)
 

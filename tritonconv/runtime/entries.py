@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,13 @@ def digest(value: Any) -> str:
 def canonical(fields: Mapping[str, Field]) -> str:
     """One text for equal fields, whatever their order."""
     return json.dumps(dict(fields), sort_keys=True)
+
+
+def distance(left: Sequence[int], right: Sequence[int]) -> float:
+    """Squared distance of sizes in octaves."""
+    return sum(
+        (math.log2(max(a, 1)) - math.log2(max(b, 1))) ** 2 for a, b in zip(left, right, strict=True)
+    )
 
 
 @functools.cache

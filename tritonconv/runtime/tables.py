@@ -9,10 +9,11 @@ user's table, in shared ones, and in those packaged with the library. The tuner
 
 from __future__ import annotations
 
+import atexit
 import enum
 import functools
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ import torch
 
 from . import missed
 from .device import DeviceFacts, device_facts
+from .diagnosis import describe_miss
 from .entries import (
     SCHEMA_VERSION,
     Bundle,
@@ -33,6 +35,7 @@ from .entries import (
     Trial,
     canonical,
     digest,
+    distance,
     entry_key,
     problem_key,
     read_entry,
@@ -127,13 +130,6 @@ class _Place:
 
     def in_bucket(self, other: _Place) -> bool:
         return all(bucket(a) == bucket(b) for a, b in zip(self.sizes, other.sizes, strict=True))
-
-
-def distance(left: Sequence[int], right: Sequence[int]) -> float:
-    """Squared distance of sizes in octaves."""
-    return sum(
-        (math.log2(max(a, 1)) - math.log2(max(b, 1))) ** 2 for a, b in zip(left, right, strict=True)
-    )
 
 
 @dataclass
@@ -445,9 +441,7 @@ def _choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice
             choice = table.lookup(operator, problem)
     if choice.tier not in TUNED_TIERS:
         if settings.require_tuned:
-            from .diagnosis import describe_miss  # needed only here
-
-            raise NotTunedError(describe_miss(table, operator, problem))
+            raise NotTunedError(describe_miss(table.environment, table.sources, operator, problem))
         if settings.autotune != "off":
             missed.record(table.environment, operator, problem)
     if final:
@@ -468,7 +462,31 @@ def _may_measure() -> bool:
 
 def missed_problems() -> tuple[Problem, ...]:
     """Problems this process ran without an exact or bucketed entry."""
-    return missed.problems()
+    return tuple(miss.problem for miss in missed.noted())
+
+
+@atexit.register
+def _report_misses() -> None:
+    # In the interpreter and on the CPU nothing runs that could be tuned.
+    if not missed.noted() or not settings.report_misses or not torch.cuda.is_available():
+        return
+    found: dict[Environment, list[tuple[Operator, Problem]]] = {}
+    for miss in missed.noted():
+        table = tuned_table(miss.environment.device)
+        # Some may have been tuned since.
+        if table.lookup(miss.operator, miss.problem).tier not in TUNED_TIERS:
+            found.setdefault(miss.environment, []).append((miss.operator, miss.problem))
+    count = sum(map(len, found.values()))
+    if not count:
+        return
+    try:
+        for env, pairs in found.items():
+            missed.save(env, pairs)
+    except OSError as error:
+        advice = f"they could not be noted: {error}"
+    else:
+        advice = "`autotune tune --missed` tunes exactly those"
+    print(f"tritonconv: {count} problem(s) ran untuned on this GPU; {advice}", file=sys.stderr)
 
 
 __all__ = [
