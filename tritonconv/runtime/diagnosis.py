@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .entries import Entry
+from .entries import Entry, distance
+from .environment import Environment
 from .operators import Field, Operator, Problem
-from .tables import TunedTable, distance
+from .sources import Source
 
 Value = Field | None
 
@@ -46,17 +47,21 @@ def _shown(value: Value) -> str:
     return "none" if value is None or value == "" else str(value)
 
 
-def near_misses(table: TunedTable, operator: Operator, problem: Problem) -> tuple[NearMiss, ...]:
+def near_misses(
+    env: Environment, sources: Sequence[Source], operator: Operator, problem: Problem
+) -> tuple[NearMiss, ...]:
     """The nearest entry of every source that has one of the operator, of any environment.
 
     Near is who differs in the fewest fields, the device counting as one; then whose sizes do least.
     """
-    wanted = key_fields(table.environment.as_dict(), operator.source_hash(), problem.fields())
+    wanted = key_fields(env.as_dict(), operator.source_hash(), problem.fields())
     found = []
-    for source in table.sources:
-        environments = (table.environment, *source.environments())
+    for source in sources:
+        environments = (env, *source.environments())
         located = [
-            row for env in dict.fromkeys(environments) for row in source.entries(env, operator.name)
+            row
+            for place in dict.fromkeys(environments)
+            for row in source.entries(place, operator.name)
         ]
         ranked = [(*_compare(wanted, row.entry), row.path, row.entry) for row in located]
         if ranked:
@@ -97,15 +102,17 @@ def _compare(
     return (len(groups), apart), differences
 
 
-def describe_miss(table: TunedTable, operator: Operator, problem: Problem) -> str:
+def describe_miss(
+    env: Environment, sources: Sequence[Source], operator: Operator, problem: Problem
+) -> str:
     """What is missing, how the nearest entries differ, and how to mend it."""
-    lines = [f"{problem} has no tuned entry for {table.environment.device.name}"]
-    misses = near_misses(table, operator, problem)
+    lines = [f"{problem} has no tuned entry for {env.device.name}"]
+    misses = near_misses(env, sources, operator, problem)
     lines += [f"  {miss}" for miss in misses]
     if not misses:
         lines.append(f"  no table has an entry of {operator.name}")
     known = {miss.source for miss in misses}
-    empty = [source.name for source in table.sources if source.name not in known]
+    empty = [source.name for source in sources if source.name not in known]
     if misses and empty:
         lines.append(f"  nothing of {operator.name} in: {', '.join(empty)}")
     lines.append(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,13 @@ def digest(value: Any) -> str:
 def canonical(fields: Mapping[str, Field]) -> str:
     """One text for equal fields, whatever their order."""
     return json.dumps(dict(fields), sort_keys=True)
+
+
+def distance(left: Sequence[int], right: Sequence[int]) -> float:
+    """Squared distance of sizes in octaves."""
+    return sum(
+        (math.log2(max(a, 1)) - math.log2(max(b, 1))) ** 2 for a, b in zip(left, right, strict=True)
+    )
 
 
 @functools.cache
@@ -341,10 +348,10 @@ def trial_from_json(value: Any) -> Trial:
     """Rebuild a trial; what raises here is no trial."""
     timing = None
     if "p50_us" in value:
-        times = [float(value[name]) for name in ("p50_us", "p20_us", "p80_us")]
-        if not all(math.isfinite(time) and time > 0 for time in times):
+        p50, p20, p80 = (float(value[name]) for name in ("p50_us", "p20_us", "p80_us"))
+        if not all(math.isfinite(time) and time > 0 for time in (p50, p20, p80)):
             raise InvalidEntryError("times must be positive numbers")
-        timing = Timing(*times, int(value["count"]))
+        timing = Timing(p50, p20, p80, int(value["count"]))
     config = dict(value["config"])
     if any(type(v) is not int for v in config.values()):
         raise InvalidEntryError("config values must be integers")

@@ -6,15 +6,11 @@ environment is ``<cache_dir>/missed/<environment hash>.json``; processes merge w
 
 from __future__ import annotations
 
-import atexit
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from .entries import SCHEMA_VERSION, canonical, warn_once
 from .environment import Environment
@@ -29,25 +25,27 @@ _Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class _Miss:
+class Miss:
+    """One problem that ran untuned, and where."""
+
     environment: Environment
     operator: Operator
     problem: Problem
 
 
-_missed: dict[tuple[str, str, str], _Miss] = {}
+_missed: dict[tuple[str, str, str], Miss] = {}
 
 
 def record(env: Environment, operator: Operator, problem: Problem) -> None:
     """Note a problem that ran without an exact or bucketed entry."""
     if len(_missed) < LIMIT:
         key = (env.hash, operator.name, canonical(problem.fields()))
-        _missed.setdefault(key, _Miss(env, operator, problem))
+        _missed.setdefault(key, Miss(env, operator, problem))
 
 
-def problems() -> tuple[Problem, ...]:
-    """What this process has noted."""
-    return tuple(miss.problem for miss in _missed.values())
+def noted() -> tuple[Miss, ...]:
+    """What this process has met, in order."""
+    return tuple(_missed.values())
 
 
 def forget() -> None:
@@ -141,35 +139,4 @@ def _rebuild(name: str, fields: Mapping[str, Field]) -> tuple[Operator, Problem]
     return (operator, problem) if canonical(problem.fields()) == canonical(fields) else None
 
 
-def _still_missed() -> dict[Environment, list[tuple[Operator, Problem]]]:
-    """What is noted and has not been tuned since."""
-    from .tables import TUNED_TIERS, tuned_table  # it imports this module
-
-    found: dict[Environment, list[tuple[Operator, Problem]]] = {}
-    for miss in _missed.values():
-        table = tuned_table(miss.environment.device)
-        if table.lookup(miss.operator, miss.problem).tier not in TUNED_TIERS:
-            found.setdefault(miss.environment, []).append((miss.operator, miss.problem))
-    return found
-
-
-@atexit.register
-def _at_exit() -> None:
-    # In the interpreter and on the CPU nothing runs that could be tuned.
-    if not _missed or not settings.report_misses or not torch.cuda.is_available():
-        return
-    found = _still_missed()
-    count = sum(map(len, found.values()))
-    if not count:
-        return
-    try:
-        for env, pairs in found.items():
-            save(env, pairs)
-    except OSError as error:
-        advice = f"they could not be noted: {error}"
-    else:
-        advice = "`autotune tune --missed` tunes exactly those"
-    print(f"tritonconv: {count} problem(s) ran untuned on this GPU; {advice}", file=sys.stderr)
-
-
-__all__ = ["LIMIT", "clear", "forget", "load", "path", "problems", "record", "save"]
+__all__ = ["LIMIT", "Miss", "clear", "forget", "load", "noted", "path", "record", "save"]

@@ -9,10 +9,11 @@ user's table, in shared ones, and in those packaged with the library. The tuner
 
 from __future__ import annotations
 
+import atexit
 import enum
 import functools
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ import torch
 
 from . import missed
 from .device import DeviceFacts, device_facts
+from .diagnosis import describe_miss
 from .entries import (
     SCHEMA_VERSION,
     Bundle,
@@ -33,6 +35,7 @@ from .entries import (
     Trial,
     canonical,
     digest,
+    distance,
     entry_key,
     problem_key,
     read_entry,
@@ -129,13 +132,6 @@ class _Place:
         return all(bucket(a) == bucket(b) for a, b in zip(self.sizes, other.sizes, strict=True))
 
 
-def distance(left: Sequence[int], right: Sequence[int]) -> float:
-    """Squared distance of sizes in octaves."""
-    return sum(
-        (math.log2(max(a, 1)) - math.log2(max(b, 1))) ** 2 for a, b in zip(left, right, strict=True)
-    )
-
-
 @dataclass
 class _OperatorTable:
     """The entries of an operator that may serve in one environment: one per problem."""
@@ -174,6 +170,14 @@ class TunedTable:
         for source in self.sources:
             yield from source.entries(self.environment, operator)
 
+    def exact(self, operator: Operator, problem: Problem) -> Iterator[Located]:
+        """The entry of this very problem, with its trials, in every source that has one."""
+        key = problem_key(operator.name, problem.fields(), self._source_hash(operator))
+        for source in self.sources:
+            located = newest(source.exact(self.environment, operator.name, key))
+            if located is not None:
+                yield located
+
     def forget(self, operator: str | None = None) -> None:
         """Read the files of an operator, or of all, again at the next lookup (after tuning)."""
         for source in self.sources:
@@ -203,26 +207,18 @@ class TunedTable:
         return found
 
     def _find(self, operator: Operator, problem: Problem) -> Found:
-        fields = problem.fields()
-        for tier, located in self._candidates(operator, fields):
+        for tier, located in self._candidates(operator, problem):
             choice = _choice_of(operator, problem, located, tier)
             if choice is not None:
                 slim = replace(located.entry, trials=(), tied=())
                 return Found(choice, replace(located, entry=slim))
         return Found(default_choice(operator, problem, self.environment.device))
 
-    def _candidates(
-        self, operator: Operator, fields: Mapping[str, Field]
-    ) -> Iterator[tuple[Tier, Located]]:
+    def _candidates(self, operator: Operator, problem: Problem) -> Iterator[tuple[Tier, Located]]:
         """Entries in the read order; later steps are computed only when earlier ones fail."""
-        own = self.environment
-        key = problem_key(operator.name, fields, self._source_hash(operator))
-        for source in self.sources:
-            located = newest(source.exact(own, operator.name, key))
-            if located is not None:
-                yield Tier.EXACT, located
-        place = _Place.of(fields)
-        ranked = self._table(operator, own).ranked(place)
+        yield from ((Tier.EXACT, located) for located in self.exact(operator, problem))
+        place = _Place.of(problem.fields())
+        ranked = self._table(operator, self.environment).ranked(place)
         yield from ((Tier.BUCKET, row) for other, row in ranked if place.in_bucket(other))
         yield from ((Tier.NEAREST, row) for _, row in ranked[:_NEAREST])
         for env in self.family():
@@ -445,9 +441,7 @@ def _choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice
             choice = table.lookup(operator, problem)
     if choice.tier not in TUNED_TIERS:
         if settings.require_tuned:
-            from .diagnosis import describe_miss  # needed only here
-
-            raise NotTunedError(describe_miss(table, operator, problem))
+            raise NotTunedError(describe_miss(table.environment, table.sources, operator, problem))
         if settings.autotune != "off":
             missed.record(table.environment, operator, problem)
     if final:
@@ -468,7 +462,31 @@ def _may_measure() -> bool:
 
 def missed_problems() -> tuple[Problem, ...]:
     """Problems this process ran without an exact or bucketed entry."""
-    return missed.problems()
+    return tuple(miss.problem for miss in missed.noted())
+
+
+@atexit.register
+def _report_misses() -> None:
+    # In the interpreter and on the CPU nothing runs that could be tuned.
+    if not missed.noted() or not settings.report_misses or not torch.cuda.is_available():
+        return
+    found: dict[Environment, list[tuple[Operator, Problem]]] = {}
+    for miss in missed.noted():
+        table = tuned_table(miss.environment.device)
+        # Some may have been tuned since.
+        if table.lookup(miss.operator, miss.problem).tier not in TUNED_TIERS:
+            found.setdefault(miss.environment, []).append((miss.operator, miss.problem))
+    count = sum(map(len, found.values()))
+    if not count:
+        return
+    try:
+        for env, pairs in found.items():
+            missed.save(env, pairs)
+    except OSError as error:
+        advice = f"they could not be noted: {error}"
+    else:
+        advice = "`autotune tune --missed` tunes exactly those"
+    print(f"tritonconv: {count} problem(s) ran untuned on this GPU; {advice}", file=sys.stderr)
 
 
 __all__ = [
