@@ -6,9 +6,9 @@ further: tuned tables first, then, if it may, measuring.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +19,8 @@ import torch
 import triton
 from triton.runtime.autotuner import Autotuner as TritonAutotuner
 
-from tritonconv.runtime.compat import interpreting
-from tritonconv.runtime.device import device_facts
 from tritonconv.runtime.operators import Field
 from tritonconv.runtime.settings import settings
-from tritonconv.runtime.tables import digest
 
 from .kernel_source import constexpr_parameters, is_loading, jit_of
 
@@ -131,9 +128,7 @@ def _forget_all() -> None:
         tuner.forget()
 
 
-settings.watch(
-    ("autotune", "deterministic", "cache_dir", "cache_path", "device_name"), _forget_all
-)
+settings.watch(("autotune", "deterministic", "cache_dir", "cache_path", "device_name"), _forget_all)
 
 
 class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
@@ -211,9 +206,7 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
 
     def has_effects(self) -> bool:
         """Whether a measured run is more than zeroing tensors and the launch."""
-        return bool(
-            self.user_defined_pre_hook or self.user_defined_post_hook or self.restore_value
-        )
+        return bool(self.user_defined_pre_hook or self.user_defined_post_hook or self.restore_value)
 
     def resets_by_itself(self) -> bool:
         """Whether ``reset_to_zero`` and ``restore_value`` count: a ``pre_hook`` replaces them."""
@@ -322,11 +315,9 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
                 self._raw_keys.clear()
         if form not in self._raw_keys:
             self._raw_keys[form] = self._raw_key(args, kwargs)
-        try:
+        # Where the first such call had a tensor and this one has none, it takes the long way.
+        with contextlib.suppress(AttributeError, TypeError):
             self._raw[self._raw_keys[form](args, kwargs)] = decision
-        except (AttributeError, TypeError):
-            # Tensors where the first such call had none, or the reverse: looked up the long way.
-            pass
         return decision
 
     def _raw_key(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any]:

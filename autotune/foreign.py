@@ -167,13 +167,17 @@ class KernelProblem:
         )
         return f"{self.operator}({values})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Hooks are found again with the kernel.
+    def configs_to_send(self) -> tuple[triton.Config, ...]:
+        """The configs without their hooks, which are found again with the kernel."""
         configs = tuple(copy.copy(config) for config in self.configs)
-        hooked = tuple(config.pre_hook is not None for config in configs)
-        values = tuple(config_values(config) for config in self.configs)
         for config in configs:
             config.pre_hook = None
+        return configs
+
+    def __getstate__(self) -> dict[str, Any]:
+        hooked = tuple(config.pre_hook is not None for config in self.configs)
+        values = tuple(config_values(config) for config in self.configs)
+        configs = self.configs_to_send()
         return {**self.__dict__, "configs": configs, "_hooked": hooked, "_values": values}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -300,7 +304,9 @@ def _plan(
         else:
             return None
     constants = {name: given[name] for name in constexprs if name in given}
-    if constants.keys() != constexprs or not all(isinstance(v, _SINGLE) for v in constants.values()):
+    if constants.keys() != constexprs or not all(
+        isinstance(v, _SINGLE) for v in constants.values()
+    ):
         return None
     dtypes = {slot.name: slot.dtype for slot in arguments.slots}
     zeroed = tuple(name for name in tuner.reset_to_zero if name in dtypes)

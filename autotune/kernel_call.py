@@ -70,14 +70,13 @@ class KernelCallArguments:
         for index, image in enumerate(self.storages):
             size = image.data.numel()
             start = GUARD_BYTES + image.alignment
-            after = -(-(start + size) // _ALIGNMENT) * _ALIGNMENT
             buffer = torch.full(
-                (after + GUARD_BYTES,), _GUARD_VALUE, dtype=torch.uint8, device=device
+                (start + size + GUARD_BYTES,), _GUARD_VALUE, dtype=torch.uint8, device=device
             )
             buffer[start : start + size].copy_(image.data)
             buffers.append((buffer, start))
-            guards[f"guard.{index}.front"] = buffer[:GUARD_BYTES]
-            guards[f"guard.{index}.back"] = buffer[after:]
+            guards[f"guard.{index}.front"] = buffer[:start]
+            guards[f"guard.{index}.back"] = buffer[start + size :]
         tensors = {}
         for slot in self.slots:
             buffer, start = buffers[slot.storage]

@@ -261,9 +261,9 @@ def needed_statements(body: Iterable[ast.stmt], name: str) -> list[ast.stmt]:
     place, as ``configs.append(...)`` does.
 
     Example:
-        >>> tree = ast.parse("import math\\nn = 2\\ndef f(): return n\\nprint(f())")
-        >>> [ast.unparse(s).split(chr(10))[0] for s in needed_statements(tree.body, "f")]
-        ['n = 2', 'def f():']
+        >>> tree = ast.parse("import math; n = 2; f = lambda: n; print(f())")
+        >>> [ast.unparse(statement) for statement in needed_statements(tree.body, "f")]
+        ['n = 2', 'f = lambda: n']
     """
     statements = list(body)
     binds = [_bound(statement) for statement in statements]
