@@ -179,23 +179,40 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
         # From a call's raw key to its decision; from what distinguishes entries to the same.
         self._raw: dict[Any, _Decision] = {}
         self._known: dict[Any, _Decision] = {}
-        self._raw_keys: dict[tuple[int, tuple[str, ...]], Callable[..., Any]] = {}
+        self._raw_keys: dict[tuple[int | str, ...], Callable[..., Any]] = {}
         self._classes_only = False
         self._lock = threading.RLock()
         self._tuning: Any = None
         _live.add(self)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Launch with the config of this call's key; ``kernel[grid](...)`` comes here."""
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        """The launch on a grid: a tuple, or a function of the arguments and the config."""
+
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            # Each layer of calls and each copy of the arguments costs as much as the lookup.
+            try:
+                decision = self._raw[self._raw_keys[len(args), *kwargs](args, kwargs)]
+            except (KeyError, AttributeError, TypeError):
+                return self.run(*args, grid=grid, warmup=False, **kwargs)
+            if decision.pre_hook is not None:
+                return self.run(*args, grid=grid, warmup=False, **kwargs)
+            self.best_config = decision.config
+            return self.fn.run(*args, grid=grid, warmup=False, **kwargs, **decision.options)
+
+        return launch
+
+    def run(self, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        """Launch with the config of this call's key; what heuristics above this one call."""
         try:
-            decision = self._raw[self._raw_keys[len(args), tuple(kwargs)](args, kwargs)]
+            decision = self._raw[self._raw_keys[len(args), *kwargs](args, kwargs)]
         except (KeyError, AttributeError, TypeError):
-            decision = self._decide(args, kwargs)
-        self.best_config = decision.config
+            decision = self._decide(args, kwargs, grid, warmup)
+        launch = {"grid": grid, "warmup": warmup}
         if decision.pre_hook is not None:
             named = dict(zip(self.arg_names, args, strict=False))
-            decision.pre_hook({**named, **kwargs, **decision.options})
-        return self.fn.run(*args, **kwargs, **decision.options)
+            decision.pre_hook({**named, **kwargs, **launch, **decision.options})
+        self.best_config = decision.config
+        return self.fn.run(*args, **launch, **kwargs, **decision.options)
 
     def forget(self) -> None:
         """Look every key up again at its next call."""
@@ -248,7 +265,9 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
         if self.user_defined_post_hook:
             self.post_hook(named, exception=None)
 
-    def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Decision:
+    def _decide(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any, warmup: bool
+    ) -> _Decision:
         """The decision for a call that is not known yet in this form."""
         if len(self.configs) == 1:
             decision = _decision(self.configs[0])
@@ -260,7 +279,7 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
             decision_or_none = self._known.get(known)
             if decision_or_none is not None:
                 return self._remember(args, kwargs, decision_or_none)
-            decision, keep = self._resolve(args, kwargs, named, fields)
+            decision, keep = self._resolve(args, kwargs, grid, warmup, fields)
             if not keep:
                 return decision
             self._known[known] = decision
@@ -271,42 +290,46 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        named: dict[str, Any],
+        grid: Any,
+        warmup: bool,
         fields: dict[str, Field],
     ) -> tuple[_Decision, bool]:
         """Find or tune the config for a key, and whether that holds for later calls."""
         from . import foreign_tuning
 
-        launch = {name: value for name, value in kwargs.items() if name not in _LAUNCH}
-        clash = sorted({name for c in self.configs for name in c.kwargs} & named.keys())
+        positional = dict(zip(self.arg_names, args, strict=False))
+        named = {**positional, **kwargs}
+        clash = sorted({name for c in self.configs for name in c.kwargs} & kwargs.keys())
         if clash:
             raise ValueError(
                 f"Conflicting meta-parameters: {', '.join(clash)}. Make sure that you don't "
                 "re-define auto-tuned symbols."
             )
-        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        self.nargs = positional
         try:
-            configs = list(dict.fromkeys(self.prune_configs(launch)))
+            pruned = self.prune_configs({**kwargs, "grid": grid, "warmup": warmup})
+            configs = list(dict.fromkeys(pruned))
         finally:
             self.nargs = None
         if len(configs) == 1:
             return _decision(configs[0]), True
-        if kwargs.get("warmup") or is_loading():
+        if warmup or is_loading():
             return _decision(configs[0]), False
         if self._tuning is None:
             self._tuning = foreign_tuning.Tuning(self)
-        found = self._tuning.find(args, launch, kwargs.get("grid"), configs, fields, named)
+        found = self._tuning.find(args, kwargs, grid, configs, fields, named)
         decision = _decision(found.config)
         if found.keep:
             # As triton.autotune leaves the tensors of the first call of a key.
-            self.pre_hook({**named, **decision.options}, reset_only=True)
+            launch = {"grid": grid, "warmup": warmup}
+            self.pre_hook({**named, **launch, **decision.options}, reset_only=True)
         return decision, found.keep
 
     def _remember(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], decision: _Decision
     ) -> _Decision:
         """Make the next such call a single lookup."""
-        form = len(args), tuple(kwargs)
+        form = (len(args), *kwargs)
         if len(self._raw) >= _MAX_RAW_KEYS:
             # Some argument takes ever new values: from now on only its class is part of the key.
             self._raw.clear()
@@ -329,7 +352,7 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
         parts: list[str] = []
         pointers: list[str] = []
         where = {name: f"a[{index}]" for index, name in enumerate(self.arg_names[: len(args)])}
-        where |= {name: f"k[{name!r}]" for name in kwargs if name not in _LAUNCH}
+        where |= {name: f"k[{name!r}]" for name in kwargs}
         values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         several = torch.cuda.is_available() and torch.cuda.device_count() > 1
         for name, at in where.items():
@@ -400,9 +423,6 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
         key = [known[name] for name in self.keys if name in known]
         key += [str(value.dtype) for value in known.values() if hasattr(value, "dtype")]
         return tuple(key)
-
-
-_LAUNCH = ("grid", "warmup")
 
 
 def _decision(config: triton.Config) -> _Decision:
