@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from tritonconv.runtime.operators import Field
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Entry, digest
 
+from .answers import readable
 from .foreign import (
     KernelOperator,
     KernelProblem,
@@ -56,6 +58,9 @@ class Found:
     keep: bool
 
 
+_live: weakref.WeakSet[Tuning] = weakref.WeakSet()
+
+
 class Tuning:
     """Lookup and tuning for one decorated kernel."""
 
@@ -63,6 +68,7 @@ class Tuning:
         self.tuner = tuner
         self._operators: dict[bool, KernelOperator] = {}
         self._entries: tuple[Any, list[Entry]] | None = None
+        _live.add(self)
 
     def find(
         self,
@@ -134,7 +140,7 @@ class Tuning:
         table = tables.tuned_table(facts)
         state = (tables.epoch(), table)
         if self._entries is None or self._entries[0] != state:
-            self._entries = state, [entry for entry, *_ in table.entries(operator.name)]
+            self._entries = state, list(readable(table, operator.name))
         source = operator.source_hash()
         for entry in self._entries[1]:
             if entry.source_hash == source and dict(entry.problem) == key:
@@ -233,6 +239,11 @@ class Tuning:
                 f"{self._winner(report.entry, configs)}",
                 file=sys.stderr,
             )
+
+
+def decorated_operators() -> list[KernelOperator]:
+    """Operators of the kernels that were decorated and called in this process."""
+    return [operator for tuning in list(_live) for operator in tuning._operators.values()]
 
 
 def _values_or_none(config: triton.Config) -> dict[str, int] | None:
