@@ -250,7 +250,9 @@ class CudaTimer:
             first = operator.make_tensors(problem, device, generator)
             self.slots = tuple(first)
             self.sets.append(tuple(first.values()))
-            size = max(sum(t.untyped_storage().nbytes() for t in first.values()), 1)
+            # By storage: slots may be views of one another.
+            held = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in first.values()}
+            size = max(sum(storage.nbytes() for storage in held.values()), 1)
             cold_bytes = _COLD_FACTOR * l2_bytes
             wanted = 1
             if policy is Policy.GRAPH_COLD:
