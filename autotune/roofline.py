@@ -85,10 +85,7 @@ def arithmetic_of(fields: Mapping[str, Field]) -> str:
 
 
 def floor_us(problem: Problem, device: DeviceFacts) -> float | None:
-    """The larger of compulsory traffic over bandwidth and arithmetic over rate, microseconds.
-
-    A problem names its arithmetic by its ``dtype`` and ``precision`` fields.
-    """
+    """The larger of compulsory traffic over bandwidth and arithmetic over rate, microseconds."""
     table = ceilings(device)
     if table is None:
         return None

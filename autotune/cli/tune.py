@@ -14,7 +14,7 @@ from tritonconv.runtime.device import DeviceFacts
 from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.operators import Operator, Problem
 
-from ..harvest import build_model, harvest
+from ..harvest import harvest_named
 from ..measure import CudaLab, Policy
 from ..search import Effort, schedule
 from ..space import space
@@ -53,11 +53,6 @@ from .common import (
 from .progress import progress_on
 
 Pair = tuple[Operator, Problem]
-_MODEL_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 def tune(
@@ -65,7 +60,11 @@ def tune(
     shapes: ShapesOption = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="module:callable whose model's problems are tuned."),
+        typer.Option(
+            "--model",
+            help="Model whose problems are tuned: a name of `autotune list --models`, "
+            "module:callable, or timm:NAME.",
+        ),
     ] = None,
     model_args: Annotated[
         str | None, typer.Option("--model-args", help='Its arguments: "num_classes=3".')
@@ -75,8 +74,9 @@ def tune(
         str, typer.Option("--size", help="Height and width of the model's input: 224 or 160x192.")
     ] = "224",
     channels: Annotated[
-        int, typer.Option("--channels", min=1, help="Channels of the model's input.")
-    ] = 3,
+        int | None,
+        typer.Option("--channels", min=1, help="Channels of its input; what it takes by default."),
+    ] = None,
     dtype: DtypeOption = None,
     layout: LayoutOption = None,
     effort: Annotated[
@@ -121,7 +121,7 @@ def tune(
     else:
         assert model is not None
         pairs = _model_pairs(
-            model, model_args, operators, (batch, channels, *parse_size(size)), dtype, layout
+            model, model_args, operators, batch, parse_size(size), channels, dtype, layout
         )
     pairs = unique_pairs(pairs)
     if dry_run:
@@ -181,29 +181,24 @@ def _model_pairs(
     name: str,
     arguments: str | None,
     operators: Sequence[str] | None,
-    shape: tuple[int, ...],
+    batch: int,
+    size: tuple[int, int],
+    channels: int | None,
     dtypes: Sequence[str] | None,
     layouts: Sequence[str] | None,
 ) -> list[Pair]:
     """Problems of one training step of a model, on the GPU where there is one."""
     wanted = expand_operators(operators)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = build_model(name, parse_shape(arguments) if arguments else None).to(device).train()
-    pairs: list[Pair] = []
-    for layout in layouts or ("channels_last",):
-        if layout not in ("channels_last", "contiguous"):
-            raise bad_value("layout", "channels_last | contiguous", repr(layout))
-        last = layout == "channels_last"
-        memory = torch.channels_last if last else torch.contiguous_format
-        network.to(memory_format=memory)  # type: ignore[call-overload]
-        inputs = torch.randn(shape, device=device).contiguous(memory_format=memory)
-        for dtype in dtypes or ("bfloat16",):
-            if dtype not in _MODEL_DTYPES:
-                raise bad_value("dtype", " | ".join(_MODEL_DTYPES), repr(dtype))
-            amp = None if dtype == "float32" else _MODEL_DTYPES[dtype]
-            pairs += harvest(network, inputs, amp=amp)
-    if not pairs:
-        raise bad_value("model", f"calls of tritonconv's operators in {name}", "none")
+    pairs = harvest_named(
+        name,
+        parse_shape(arguments) if arguments else None,
+        batch=batch,
+        size=size,
+        channels=channels,
+        dtypes=dtypes or ("bfloat16",),
+        layouts=layouts or ("channels_last",),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
     return [pair for pair in pairs if not wanted or pair[0].name in wanted]
 
 
