@@ -11,7 +11,7 @@ from tritonconv.runtime.operators import Field, Problem
 from tritonconv.runtime.tables import Entry
 
 from .analysis import geomean, label, p50
-from .roofline import arithmetic, ceilings
+from .roofline import arithmetic_of, ceilings
 from .search import Status
 
 # Parameter marginals
@@ -195,7 +195,7 @@ def roofline(
     points = []
     for entry in entries:
         problem = parse(entry)
-        kind = arithmetic(problem)
+        kind = arithmetic_of(problem.fields())
         flops, moved = problem.flops(), problem.bytes_moved()
         roof = None
         if table is not None and kind in table.rates:

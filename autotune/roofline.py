@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tritonconv.runtime.device import DeviceFacts
-from tritonconv.runtime.operators import Problem
+from tritonconv.runtime.operators import Field, Problem
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def ceilings(device: DeviceFacts) -> Ceilings | None:
     return next((row for part, row in _CEILINGS if part in device.name), None)
 
 
-def arithmetic(problem: Problem) -> str:
-    """Which rate bounds a problem, by its ``dtype`` and ``precision`` fields."""
-    fields = problem.fields()
-    dtype = str(fields.get("dtype", "float32"))
-    return "tf32" if dtype == "float32" and fields.get("precision") == "tf32" else dtype
+def arithmetic_of(fields: Mapping[str, Field]) -> str:
+    """Which of the rates a problem's arithmetic has, by its ``dtype`` and ``precision`` fields."""
+    arithmetic = str(fields.get("dtype", "float32"))
+    if arithmetic == "float32" and fields.get("precision") == "tf32":
+        return "tf32"
+    return arithmetic
 
 
 def floor_us(problem: Problem, device: DeviceFacts) -> float | None:
@@ -87,7 +89,7 @@ def floor_us(problem: Problem, device: DeviceFacts) -> float | None:
     table = ceilings(device)
     if table is None:
         return None
-    rate = table.rates.get(arithmetic(problem))
+    rate = table.rates.get(arithmetic_of(problem.fields()))
     if rate is None:
         return None
     return max(problem.bytes_moved() / table.bandwidth, problem.flops() / rate) * 1e6
