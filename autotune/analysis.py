@@ -6,6 +6,7 @@ are ratios of medians, summarised by geometric means.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -134,7 +135,7 @@ def _finalists(entry: Entry) -> dict[CandidateKey, Timing]:
 
 @dataclass(frozen=True)
 class SearchRun:
-    """One simulated search of one problem.
+    """One simulated search of one problem, with one seed.
 
     Attributes:
         strategy: its name.
@@ -168,9 +169,9 @@ class Curve:
 
 
 def best_so_far(runs: Iterable[SearchRun]) -> tuple[Curve, ...]:
-    """Average the runs of each strategy: at every time the geometric mean over its problems.
+    """Average the runs of each strategy: at every time the geometric mean over all of them.
 
-    A curve starts when the slowest of its problems has its first timing.
+    A curve starts when the slowest of its runs has its first timing.
     """
     grouped: dict[str, list[SearchRun]] = {}
     for run in runs:
@@ -188,7 +189,8 @@ def best_so_far(runs: Iterable[SearchRun]) -> tuple[Curve, ...]:
             value = geomean(ratios)
             assert value is not None
             points.append((when, value))
-        curves.append(Curve(strategy, len(found), tuple(points)))
+        problems = len({run.problem for run in found})
+        curves.append(Curve(strategy, problems, tuple(points)))
     return tuple(curves)
 
 
@@ -259,16 +261,19 @@ def look_up(
         theirs = _split(entry.problem)[1]
         return sum((math.log2(max(theirs[n], 1)) - math.log2(max(sizes[n], 1))) ** 2 for n in sizes)
 
-    for entry in sorted(same, key=Entry.key):
-        theirs = _split(entry.problem)[1]
-        if {name: bucket(size) for name, size in theirs.items()} == buckets:
-            if serves(entry.best, problem, operator):
-                return Tier.BUCKET, entry
-            break
-    for entry in sorted(same, key=lambda e: (distance(e), e.key()))[:4]:
+    ranked = sorted(same, key=lambda entry: (distance(entry), _words(entry.problem)))
+    for entry in ranked:
+        theirs = {name: bucket(size) for name, size in _split(entry.problem)[1].items()}
+        if theirs == buckets and serves(entry.best, problem, operator):
+            return Tier.BUCKET, entry
+    for entry in ranked[:4]:
         if serves(entry.best, problem, operator):
             return Tier.NEAREST, entry
     return None
+
+
+def _words(fields: Mapping[str, Field]) -> str:
+    return json.dumps(dict(fields), sort_keys=True)
 
 
 def _split(fields: Mapping[str, Field]) -> tuple[dict[str, Field], dict[str, int]]:

@@ -6,6 +6,7 @@ which ``Operator.parse`` takes, candidates as an algorithm's name and a config's
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -21,13 +22,15 @@ from tritonconv.runtime.errors import TritonConvError, bad_value
 from tritonconv.runtime.operators import Operator, Problem, get_operator
 from tritonconv.runtime.settings import settings
 
+from .compiling import CompilePool
 from .harvest import resolve
 from .measure import CudaLab, Lab, Policy
-from .search import Effort
+from .report import Check, Options
+from .search import Effort, StrategyName
 from .space import Candidate
 from .store import Store
 from .triton_autotune import tune_like_triton
-from .tune import Options, tune_pairs
+from .tune import tune_pairs
 
 Pair = tuple[Operator, Problem]
 
@@ -44,6 +47,8 @@ class Job:
         pairs: what to tune.
         cache_dir: where its tables go.
         kernel_cache: directory of Triton's compiled kernels; the user's own when None.
+        jobs: processes that compile ahead; all cores when None. With 1, each candidate is compiled
+            where it runs, just before.
         options: fields of :class:`~tritonconv.autotune.tune.Options` by name.
         budget_s: for everything.
         triton: instead of tuning, do what ``triton.autotune`` does for these candidates of each
@@ -54,6 +59,7 @@ class Job:
     pairs: Sequence[Pair]
     cache_dir: Path
     kernel_cache: Path | None = None
+    jobs: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     budget_s: float | None = None
     triton: Sequence[Sequence[Candidate]] | None = None
@@ -64,6 +70,7 @@ class Job:
         return {
             "pairs": [[operator.name, dict(problem.fields())] for operator, problem in self.pairs],
             "cache_dir": str(self.cache_dir),
+            "jobs": self.jobs,
             "options": dict(self.options),
             "budget_s": self.budget_s,
             "triton": None
@@ -141,18 +148,26 @@ def do(value: Mapping[str, Any]) -> Done:
         if value["triton"] is not None:
             return _like_triton(pairs, value["triton"])
         begin = time.monotonic()
-        reports = tune_pairs(
-            pairs,
-            budget_s=value["budget_s"],
-            options=options_of(value["options"]),
-            store=Store(Path(value["cache_dir"]) / "tuned"),
-            lab=lab,
-        )
+        with _compiler(lab, value["jobs"]) as compiler:
+            reports = tune_pairs(
+                pairs,
+                budget_s=value["budget_s"],
+                options=options_of(value["options"]),
+                store=Store(Path(value["cache_dir"]) / "tuned"),
+                lab=lab,
+                compiler=compiler,
+            )
         seconds = time.monotonic() - begin
     results: dict[str, int] = {}
     for report in reports:
         results[str(report.result)] = results.get(str(report.result), 0) + 1
     return Done(seconds, sum(report.measured for report in reports), results)
+
+
+def _compiler(lab: Lab, jobs: int | None) -> contextlib.AbstractContextManager[CompilePool | None]:
+    if jobs == 1 or not isinstance(lab, CudaLab):
+        return contextlib.nullcontext()
+    return CompilePool(lab.facts.arch, jobs=jobs)
 
 
 def options_of(values: Mapping[str, Any]) -> Options:
@@ -164,7 +179,12 @@ def options_of(values: Mapping[str, Any]) -> Options:
     known = {one.name for one in fields(Options)}
     if not set(values) <= known:
         raise bad_value("options", ", ".join(sorted(known)), sorted(set(values) - known))
-    kinds: dict[str, Any] = {"effort": Effort, "policy": Policy}
+    kinds: dict[str, Any] = {
+        "effort": Effort,
+        "policy": Policy,
+        "strategy": StrategyName,
+        "check": Check,
+    }
     typed = {name: kinds.get(name, lambda v: v)(value) for name, value in values.items()}
     return Options(**typed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ def search_runs(entries: Sequence[Entry]) -> tuple[SearchRun, ...]:
     """Every strategy on every recorded problem."""
     replay: Any = importlib.import_module(f"{__package__}.replay")
     return tuple(
-        SearchRun(str(run.strategy), str(run.problem), float(run.optimum_us), tuple(run.points))
-        for run in replay.compare_strategies(entries)
+        SearchRun(
+            str(curve.strategy),
+            f"{curve.operator} {json.dumps(dict(curve.problem), sort_keys=True)}",
+            curve.optimum_us,
+            tuple((point.seconds, point.best_us) for point in curve.points),
+        )
+        for curve in replay.compare_strategies(entries)
     )

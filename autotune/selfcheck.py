@@ -1,8 +1,8 @@
-"""Experiments that measure the tuner itself: do repeated tunes agree, what does a lookup cost, how
-good is it for problems never tuned, how long does tuning take.
+"""Experiments that measure the tuner itself.
 
-Each is a function that takes problems and a folder to work in and gives numbers; what runs in fresh
-processes goes through :mod:`.fresh`. ``autotune selfcheck`` runs them.
+Do repeated tunes agree, what does a lookup cost, how good is it for problems never tuned, how long
+does tuning take? Each is a function that takes problems and a folder to work in and gives numbers;
+what runs in fresh processes goes through :mod:`.fresh`. ``autotune selfcheck`` runs them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from tritonconv.runtime import tables
 from tritonconv.runtime.device import DeviceFacts, device_facts
 from tritonconv.runtime.errors import ArgumentValueError, bad_value
 from tritonconv.runtime.operators import Field, Operator, Problem
-from tritonconv.runtime.settings import settings
-from tritonconv.runtime.tables import Entry, Tier, choose
+from tritonconv.runtime.tables import Entry, Tier, Trial, choose
 
-from .analysis import Agreement, agreement, geomean
+from .analysis import Agreement, agreement, geomean, look_up
 from .fresh import Done, Job, Launch, in_fresh_process
 from .host import HostTime, host_time
 from .measure import CandidateError, CudaLab, Lab, NoDeviceError, Policy, take_turns
+from .report import Options
+from .session import Compiler
 from .space import Candidate
 from .store import Store
 from .triton_autotune import launches
-from .tune import Options, tune_pairs, unique_pairs
+from .tune import tune_pairs, unique_pairs
 
 Pair = tuple[Operator, Problem]
 Say = Callable[[str], None]
@@ -88,16 +89,7 @@ def stability(
     folders, seconds = [], []
     for run in range(runs):
         place = folder / f"run{run + 1:02d}"
-        done = launch(
-            Job(
-                pairs,
-                place,
-                folder / "kernels",
-                options or {},
-                budget_s,
-                lab=lab,
-            )
-        )
+        done = launch(Job(pairs, place, folder / "kernels", None, options or {}, budget_s, lab=lab))
         say(f"run {run + 1} of {runs}: {done.seconds:.1f} s, {dict(done.results)}")
         folders.append(place)
         seconds.append(done.seconds)
@@ -228,6 +220,7 @@ def regret(
     *,
     options: Options | None = None,
     lab: Lab | None = None,
+    compiler: Compiler | None = None,
     say: Say = _silent,
 ) -> UnseenSummary:
     """Tune a base set, look the others up, tune each of them, and compare the two configs.
@@ -239,24 +232,22 @@ def regret(
     base_store = Store(folder / "base" / "tuned")
     own_store = Store(folder / "own" / "tuned")
     say(f"tuning the base of {len(base)} problems")
-    tune_pairs(base, options=options, lab=lab, store=base_store)
+    tune_pairs(base, options=options, lab=lab, store=base_store, compiler=compiler)
+    known = [stored.entry for stored in base_store.entries(tables.environment(lab.facts))]
     rows = []
-    with settings.override(cache_dir=folder / "base", cache_path=(), autotune="lookup"):
-        tables.invalidate()
-        table = tables.TunedTable(tables.environment(lab.facts), (("base", base_store.root),))
-        choices = [table.lookup(operator, problem) for operator, problem in others]
-    tables.invalidate()
-    for index, ((operator, problem), choice) in enumerate(zip(others, choices, strict=True)):
-        (report,) = tune_pairs([(operator, problem)], options=options, lab=lab, store=own_store)
+    for index, (operator, problem) in enumerate(others):
+        tier, looked_up = _look_up(known, operator, problem, lab.facts)
+        (report,) = tune_pairs(
+            [(operator, problem)], options=options, lab=lab, store=own_store, compiler=compiler
+        )
         if report.entry is None:
             say(f"{problem}: nothing passed")
             continue
         winner = _candidate(operator, report.entry)
-        looked_up = Candidate(choice.algorithm, choice.config)
-        row = _compare(lab, operator, problem, choice.tier, looked_up, winner, options.policy)
+        row = _compare(lab, operator, problem, tier, looked_up, winner, options.policy)
         rows.append(row)
         ratio = "does not run" if row.ratio is None else f"{row.ratio:.3f}"
-        say(f"[{index + 1}/{len(others)}] {problem}: {choice.tier} {ratio}")
+        say(f"[{index + 1}/{len(others)}] {problem}: {tier} {ratio}")
     ratios = [row.ratio for row in rows if row.ratio is not None]
     tiers = [str(row.tier) for row in rows]
     return UnseenSummary(
@@ -266,6 +257,19 @@ def regret(
         len(base),
         {tier: tiers.count(tier) for tier in dict.fromkeys(tiers)},
     )
+
+
+def _look_up(
+    known: Sequence[Entry], operator: Operator, problem: Problem, facts: DeviceFacts
+) -> tuple[Tier, Candidate]:
+    def serves(trial: Trial, fields: Mapping[str, Field], name: str) -> bool:
+        return operator.algorithm(trial.algorithm).supports(problem) is None
+
+    found = look_up(known, operator.name, problem.fields(), serves)
+    if found is None:
+        default = tables.default_choice(operator, problem, facts)
+        return Tier.DEFAULT, Candidate(default.algorithm, default.config)
+    return found[0], _candidate(operator, found[1])
 
 
 def _candidate(operator: Operator, entry: Entry) -> Candidate:
@@ -366,11 +370,10 @@ def wall_time(
     measured = []
     for name in arms:
         place = folder / name
-        own = dict(options or {})
-        if name == SERIAL:
-            own["jobs"] = 1
         candidates = _met(pairs, folder / PARALLEL) if name == TRITON else None
-        done = launch(Job(pairs, place, place / "kernels", own, None, candidates, lab))
+        jobs = 1 if name == SERIAL else None
+        job = Job(pairs, place, place / "kernels", jobs, options or {}, None, candidates, lab)
+        done = launch(job)
         say(f"{name}: {done.seconds:.1f} s for {done.configs} configs")
         measured.append(Arm(name, done))
     return WallTime(len(pairs), tuple(measured))
