@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -44,7 +44,18 @@ from .measure import (
     first_round,
     take_turns,
 )
-from .search import Budget, Effort, Failure, Outcome, Status, schedule, search
+from .search import (
+    Budget,
+    Effort,
+    Failure,
+    Outcome,
+    Status,
+    Strategy,
+    StrategyName,
+    make_strategy,
+    search,
+    settled,
+)
 from .space import Candidate, CandidateKey, Space, space
 from .store import Store, elect, trial_key
 
@@ -289,35 +300,47 @@ class _Tuning:
         old = self.store.load(self.env, self.operator.name, fields, source)
         if old is not None and (options.force or old.policy != options.policy):
             old = None
-        plan = schedule(
-            self.space,
-            options.effort,
-            nearest=nearest_winners(self.store, self.env, self.operator.name, fields),
-            max_configs=options.max_configs,
-            seed=options.seed,
-        )
+        nearest = nearest_winners(self.store, self.env, self.operator.name, fields)
+
+        def strategy() -> Strategy:
+            return make_strategy(
+                StrategyName.AUTO,
+                self.space,
+                options.effort,
+                nearest=nearest,
+                max_configs=options.max_configs,
+                seed=options.seed,
+            )
+
+        planned = strategy().planned
         trials = self._known_trials(old)
-        pending = [candidate for candidate in plan if candidate.as_key() not in trials]
+        known = {key: _outcome(trial) for key, trial in trials.items()}
         request = self._request()
-        if old is not None and (not pending or old.recorded.get("completed") == request):
+        if old is not None and (
+            old.recorded.get("completed") == request or settled(strategy(), known)
+        ):
             path = self.store.path(self.env, self.operator.name, old.key())
-            return self._report(Result.KEPT, old, path, len(plan), 0, True, (), begin)
+            return self._report(Result.KEPT, old, path, planned, 0, True, (), begin)
 
         if seconds is not None and seconds <= 0:
-            return self._report(Result.PENDING, old, None, len(plan), 0, False, (), begin)
-        self.progress.problem(index, self.problem, len(pending))
+            return self._report(Result.PENDING, old, None, planned, 0, False, (), begin)
+        self.progress.problem(index, self.problem, max(planned - len(known), 0))
         timer = self.lab.timer(self.operator, self.problem, options.policy, options.seed)
         try:
             checker = self.lab.checker(self.operator, self.problem, options.seed)
 
-            def evaluate(candidate: Candidate) -> Outcome:
-                outcome = self._evaluate(timer, candidate, trials)
-                self.progress.candidate(candidate, outcome)
-                return outcome
+            def evaluate(batch: Sequence[Candidate]) -> Iterator[tuple[Candidate, Outcome]]:
+                for candidate in batch:
+                    outcome = known.get(candidate.as_key())
+                    if outcome is None:
+                        outcome = self._evaluate(timer, candidate, trials)
+                        self.progress.candidate(candidate, outcome)
+                    yield candidate, outcome
 
-            searched = search(pending, evaluate, Budget(seconds))
+            searched = search(strategy(), evaluate, Budget(seconds))
+            fresh = [row for row in searched.outcomes if row[0].as_key() not in known]
             if options.check is Check.ALL:
-                for candidate, outcome in searched.outcomes:
+                for candidate, outcome in fresh:
                     if isinstance(outcome, Timing):
                         self._accept(checker, candidate, trials)
             self._final(timer, checker, trials)
@@ -326,7 +349,7 @@ class _Tuning:
 
         ordered = self._ordered(trials)
         rejected = tuple(trial for trial in ordered if trial.status in _FAILED)
-        recorded = self._recorded(begin, len(plan))
+        recorded = self._recorded(begin, planned)
         if searched.complete:
             recorded["completed"] = request
         draft = Entry(
@@ -341,17 +364,17 @@ class _Tuning:
             recorded=recorded,
         )
         entry = elect(draft)
-        count = len(searched.outcomes)
+        count = len(fresh)
         if entry is None:
             return self._report(
-                Result.FAILED, None, None, len(plan), count, searched.complete, rejected, begin
+                Result.FAILED, None, None, planned, count, searched.complete, rejected, begin
             )
         stored = self.store.save(self.env, entry, replace_old=options.force)
         return self._report(
             Result.TUNED,
             stored.entry,
             stored.path,
-            len(plan),
+            planned,
             count,
             searched.complete,
             rejected,
@@ -487,9 +510,7 @@ class _Tuning:
             "max_configs": options.max_configs,
             "seed": options.seed,
             "check": str(options.check),
-            "space": digest(
-                [[a, list(c)] for a, c in map(Candidate.as_key, self.space.candidates)]
-            ),
+            "space": self.space.hash,
         }
 
     def _recorded(self, begin: float, planned: int) -> dict[str, Any]:
@@ -531,6 +552,13 @@ class _Tuning:
             rejected,
             time.monotonic() - begin,
         )
+
+
+def _outcome(trial: Trial) -> Outcome:
+    """What a stored trial tells a strategy."""
+    if trial.timing is not None:
+        return trial.timing
+    return Failure(Status(trial.status), trial.reason)
 
 
 def nearest_winners(

@@ -16,7 +16,7 @@ from tritonconv.runtime.operators import Operator, Problem
 
 from ..harvest import build_model, harvest
 from ..measure import CudaLab, Policy
-from ..search import Effort, schedule
+from ..search import Effort, StrategyName, make_strategy
 from ..space import space
 from ..store import Store
 from ..suites import parse_shape
@@ -209,12 +209,16 @@ def _model_pairs(
 
 def _dry_run(out: Output, pairs: Sequence[Pair], facts: DeviceFacts, options: Options) -> None:
     rows: list[dict[str, Any]] = []
-    shown = table("problem", "space>", "planned>", "by algorithm")
-    unserved: dict[tuple[str, str], int] = {}
+    shown = table("problem", "space>", "planned>", "dropped>", "by algorithm")
+    left_out: dict[tuple[str, str], list[int]] = {}
     for operator, problem in pairs:
         found = space(operator, problem, facts)
-        planned = schedule(
-            found, options.effort, max_configs=options.max_configs, seed=options.seed
+        strategy = make_strategy(
+            StrategyName.AUTO,
+            found,
+            options.effort,
+            max_configs=options.max_configs,
+            seed=options.seed,
         )
         counts: dict[str, int] = {}
         for candidate in found.candidates:
@@ -223,24 +227,38 @@ def _dry_run(out: Output, pairs: Sequence[Pair], facts: DeviceFacts, options: Op
             {
                 **problem_json(operator.name, problem),
                 "space": len(found.candidates),
-                "planned": len(planned),
+                "space_hash": found.hash,
+                "planned": strategy.planned,
+                "first": [str(candidate) for candidate in strategy.ask()],
                 "by_algorithm": counts,
                 "unsupported": dict(found.unsupported),
+                "dropped": [
+                    {"algorithm": name, "constraint": constraint, "configs": count}
+                    for (name, constraint), count in found.reasons().items()
+                ],
                 "default": str(found.default),
             }
         )
         shown.add_row(
             str(problem),
             str(len(found.candidates)),
-            str(len(planned)),
+            str(strategy.planned),
+            str(len(found.dropped)),
             ", ".join(f"{name} {count}" for name, count in counts.items()),
         )
+        for (name, constraint), count in found.reasons().items():
+            total = left_out.setdefault((name, f"{constraint}: more than the device has"), [0, 0])
+            left_out[name, f"{constraint}: more than the device has"] = [
+                total[0] + 1,
+                total[1] + count,
+            ]
         for row in found.unsupported.items():
-            unserved[row] = unserved.get(row, 0) + 1
-    left_out = table("left out", "problems>", "because")
-    for (name, reason), count in sorted(unserved.items()):
-        left_out.add_row(name, str(count), reason)
-    tables = [shown, left_out] if unserved else [shown]
+            total = left_out.setdefault(row, [0, 0])
+            left_out[row] = [total[0] + 1, 0]
+    reasons = table("left out", "problems>", "configs>", "because")
+    for (name, reason), (problems, configs) in sorted(left_out.items()):
+        reasons.add_row(name, str(problems), str(configs) if configs else "all", reason)
+    tables = [shown, reasons] if left_out else [shown]
     out.result({"device": facts.as_dict(), "dry_run": True, "problems": rows}, *tables)
 
 
