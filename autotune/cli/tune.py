@@ -210,7 +210,8 @@ def _model_pairs(
 def _dry_run(out: Output, pairs: Sequence[Pair], facts: DeviceFacts, options: Options) -> None:
     rows: list[dict[str, Any]] = []
     shown = table("problem", "space>", "planned>", "dropped>", "by algorithm")
-    left_out: dict[tuple[str, str], list[int]] = {}
+    left_out: dict[tuple[str, str], list[int]] = {}  # configs of each problem, 0 for all of them
+    examples: dict[tuple[str, str], str] = {}
     for operator, problem in pairs:
         found = space(operator, problem, facts)
         strategy = make_strategy(
@@ -246,18 +247,18 @@ def _dry_run(out: Output, pairs: Sequence[Pair], facts: DeviceFacts, options: Op
             str(len(found.dropped)),
             ", ".join(f"{name} {count}" for name, count in counts.items()),
         )
+        for name, reason in found.unsupported.items():
+            left_out.setdefault((name, reason), []).append(0)
         for (name, constraint), count in found.reasons().items():
-            total = left_out.setdefault((name, f"{constraint}: more than the device has"), [0, 0])
-            left_out[name, f"{constraint}: more than the device has"] = [
-                total[0] + 1,
-                total[1] + count,
-            ]
-        for row in found.unsupported.items():
-            total = left_out.setdefault(row, [0, 0])
-            left_out[row] = [total[0] + 1, 0]
+            left_out.setdefault((name, constraint), []).append(count)
+        for row in found.dropped:
+            examples.setdefault((row.candidate.algorithm, row.constraint), row.reason)
     reasons = table("left out", "problems>", "configs>", "because")
-    for (name, reason), (problems, configs) in sorted(left_out.items()):
-        reasons.add_row(name, str(problems), str(configs) if configs else "all", reason)
+    for (name, reason), configs in sorted(left_out.items()):
+        total = str(sum(configs)) if any(configs) else "all"
+        example = examples.get((name, reason))
+        because = reason if example is None else f"{reason}, for example {example}"
+        reasons.add_row(name, str(len(configs)), total, because)
     tables = [shown, reasons] if left_out else [shown]
     out.result({"device": facts.as_dict(), "dry_run": True, "problems": rows}, *tables)
 
