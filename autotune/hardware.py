@@ -73,7 +73,8 @@ def limits(footprint: Footprint, device: DeviceFacts) -> tuple[Violation, ...]:
     if footprint.threads > MAX_THREADS:
         reason = f"{footprint.threads} threads in a block, the device allows {MAX_THREADS}"
         found.append(Violation("threads", reason))
-    if footprint.shared_bytes > device.shared_bytes:
+    # On AMD the compiler keeps operands in registers at its own discretion: nothing is certain.
+    if footprint.shared_bytes > device.shared_bytes and device.arch.startswith("sm_"):
         reason = (
             f"about {footprint.shared_bytes >> 10} KiB of shared memory, "
             f"a block may use {device.shared_bytes >> 10}"

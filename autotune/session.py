@@ -23,10 +23,20 @@ from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.tables import Entry, Environment, Timing, Trial, environment
 
 from .compiling import CompileResult
-from .hardware import rejected_after_compiling
+from .hardware import compiled_limits
 from .measure import CandidateError, Lab, Timer, TurnError, first_round, take_turns
 from .report import Check, Options, Progress, Report, Result
-from .search import Budget, Failure, Outcome, Searched, Status, Strategy, make_strategy, search
+from .search import (
+    Budget,
+    Failure,
+    Outcome,
+    Searched,
+    Status,
+    Strategy,
+    make_strategy,
+    search,
+    settled,
+)
 from .seeds import nearest_winners
 from .space import Candidate, CandidateKey, Space, space
 from .store import Store, elect, trial_key
@@ -77,6 +87,8 @@ class Session:
     _strategy: Strategy = field(init=False)
     _first: tuple[Candidate, ...] = field(init=False, default=())
     _begun: bool = field(init=False, default=False)
+    _finished: bool = field(init=False, default=False)
+    _fresh: int = field(init=False, default=0)
     _checked: set[CandidateKey] = field(init=False, default_factory=set)
 
     def begin(self) -> int:
@@ -99,17 +111,23 @@ class Session:
                 self.space.hash,
             )
         self.trials = self._known_trials()
+        nearest = nearest_winners(self.store, self.env, self.operator.name, fields)
+
+        def strategy() -> Strategy:
+            return make_strategy(
+                options.strategy,
+                self.space,
+                options.effort,
+                nearest=nearest,
+                max_configs=options.max_configs,
+                seed=options.seed,
+            )
+
         self._begun = True
-        if self._finished():
+        self._finished = self._has_all() or (self._is_current() and self._settles(strategy()))
+        if self._finished:
             return 0
-        self._strategy = make_strategy(
-            options.strategy,
-            self.space,
-            options.effort,
-            nearest=nearest_winners(self.store, self.env, self.operator.name, fields),
-            max_configs=options.max_configs,
-            seed=options.seed,
-        )
+        self._strategy = strategy()
         self._first = self._strategy.ask()
         unknown = [candidate for candidate in self._first if candidate.as_key() not in self.trials]
         if self.compiler is not None:
@@ -120,13 +138,14 @@ class Session:
         """Search within ``seconds``, check the best, and store the entry."""
         start = time.monotonic()
         self.begin()
-        if self._finished():
+        if self._finished:
             assert self.old is not None
             path = self.store.path(self.env, self.operator.name, self.old.key())
             return self._report(Result.KEPT, start, entry=self.old, path=path, complete=True)
         if seconds is not None and seconds <= 0:
             return self._report(Result.PENDING, start, entry=self.old)
-        self.progress.problem(index, self.problem, len(self._first))
+        planned = max(self._strategy.planned - len(self.trials), 0)
+        self.progress.problem(index, self.problem, planned)
         options = self.options
         timer = self.lab.timer(self.operator, self.problem, options.policy, options.seed)
         try:
@@ -145,14 +164,17 @@ class Session:
             timer.close()
         return self._store(searched, start)
 
-    def _finished(self) -> bool:
+    def _is_current(self) -> bool:
+        """Whether the earlier entry is of the very same space."""
+        return self.old is not None and self.old.space_hash == self.space.hash
+
+    def _has_all(self) -> bool:
         """Whether an earlier run did all that this one is asked for."""
-        old = self.old
-        return (
-            old is not None
-            and old.space_hash == self.space.hash
-            and old.recorded.get("completed") == self._request()
-        )
+        return self._is_current() and self.old.recorded.get("completed") == self._request()  # type: ignore[union-attr]
+
+    def _settles(self, strategy: Strategy) -> bool:
+        """Whether all that this run would try is known."""
+        return settled(strategy, {key: _outcome(trial) for key, trial in self.trials.items()})
 
     def _known_trials(self) -> dict[CandidateKey, Trial]:
         """Trials of the earlier entry whose candidate still exists; old finalists compete anew.
@@ -177,13 +199,11 @@ class Session:
         """Measure a batch as its candidates are compiled; what is known already costs nothing."""
         fresh = []
         for candidate in batch:
-            trial = self.trials.get(candidate.as_key())
-            if trial is None:
+            known = self.trials.get(candidate.as_key())
+            if known is None:
                 fresh.append(candidate)
-            elif trial.timing is not None:
-                yield candidate, trial.timing
             else:
-                yield candidate, Failure(Status(trial.status), trial.reason)
+                yield candidate, _outcome(known)
         compiled: Iterable[tuple[Candidate, CompileResult | Failure | None]]
         if self.compiler is None:
             compiled = ((candidate, None) for candidate in fresh)
@@ -192,7 +212,8 @@ class Session:
         for candidate, result in compiled:
             trial = self._measure(timer, candidate, result)
             self.trials[candidate.as_key()] = trial
-            outcome: Outcome = trial.timing or Failure(Status(trial.status), trial.reason)
+            self._fresh += 1
+            outcome = _outcome(trial)
             self.progress.candidate(candidate, outcome)
             yield candidate, outcome
 
@@ -220,7 +241,8 @@ class Session:
         """Why a compiled candidate is not worth timing; the default is timed whatever it takes."""
         if resources is None or candidate == self.space.default:
             return None
-        return rejected_after_compiling(resources, self.lab.facts)
+        broken = compiled_limits(resources, self.lab.facts)
+        return broken[0].reason if broken else None
 
     def _accept(self, checker: Callable[[Candidate], Accuracy], candidate: Candidate) -> bool:
         """Check a candidate's result; a wrong one is marked and can never win."""
@@ -293,7 +315,7 @@ class Session:
         recorded = self._recorded(start)
         if searched.complete:
             recorded["completed"] = self._request()
-        measured = len(searched.outcomes)
+        measured = self._fresh
         draft = Entry(
             operator=self.operator.name,
             problem=dict(self.problem.fields()),
@@ -356,7 +378,6 @@ class Session:
             "tritonconv": importlib.metadata.version("tritonconv"),
             "torch": torch.__version__,
             "cuda": torch.version.cuda or torch.version.hip or "",
-            **self.lab.recorded(),
         }
 
     def _report(
@@ -401,8 +422,17 @@ class Session:
         )
 
 
+def _outcome(trial: Trial) -> Outcome:
+    return trial.timing or Failure(Status(trial.status), trial.reason)
+
+
 class _Resumed:
     """A strategy whose first batch was asked for already."""
+
+    @property
+    def planned(self) -> int:
+        """Candidates in all."""
+        return self.strategy.planned
 
     def __init__(self, strategy: Strategy, first: tuple[Candidate, ...]) -> None:
         self.strategy = strategy

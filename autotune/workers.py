@@ -257,7 +257,7 @@ class Worker:
         self.close()
 
     def fileno(self) -> int:
-        """The descriptor that becomes readable when an answer, or the end of the worker, is there."""
+        """The descriptor that becomes readable at an answer, or at the end of the worker."""
         return self._channel.fileno()
 
     @property
