@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +22,12 @@ from tritonconv.runtime.errors import TritonConvError, bad_value
 from tritonconv.runtime.operators import Operator, Problem, get_operator
 from tritonconv.runtime.settings import settings
 
-from .compiling import CompilePool
 from .harvest import resolve
-from .measure import CudaLab, Lab, Policy
+from .laboratory import Setup, laboratory
+from .measure import Lab, Policy
 from .report import Check, Options
 from .search import Effort, StrategyName
+from .session import Compiler
 from .space import Candidate
 from .store import Store
 from .triton_autotune import tune_like_triton
@@ -47,8 +48,8 @@ class Job:
         pairs: what to tune.
         cache_dir: where its tables go.
         kernel_cache: directory of Triton's compiled kernels; the user's own when None.
-        jobs: processes that compile ahead; all cores when None. With 1, each candidate is compiled
-            where it runs, just before.
+        jobs: processes that compile ahead, as in :class:`~tritonconv.autotune.laboratory.Setup`;
+            with 0 each candidate is compiled where it runs, just before.
         options: fields of :class:`~tritonconv.autotune.tune.Options` by name.
         budget_s: for everything.
         triton: instead of tuning, do what ``triton.autotune`` does for these candidates of each
@@ -139,8 +140,8 @@ def main() -> None:
 
 def do(value: Mapping[str, Any]) -> Done:
     """Do a job given as a JSON value, in this process."""
-    lab: Lab = resolve(value["lab"])() if value["lab"] else CudaLab()
     pairs: list[Pair] = []
+    given: Lab | None = resolve(value["lab"])() if value["lab"] else None
     for name, problem in value["pairs"]:
         operator = get_operator(name)
         pairs.append((operator, operator.parse(problem)))
@@ -148,7 +149,7 @@ def do(value: Mapping[str, Any]) -> Done:
         if value["triton"] is not None:
             return _like_triton(pairs, value["triton"])
         begin = time.monotonic()
-        with _compiler(lab, value["jobs"]) as compiler:
+        with _laboratory(given, value["jobs"]) as (lab, compiler):
             reports = tune_pairs(
                 pairs,
                 budget_s=value["budget_s"],
@@ -164,10 +165,13 @@ def do(value: Mapping[str, Any]) -> Done:
     return Done(seconds, sum(report.measured for report in reports), results)
 
 
-def _compiler(lab: Lab, jobs: int | None) -> contextlib.AbstractContextManager[CompilePool | None]:
-    if jobs == 1 or not isinstance(lab, CudaLab):
-        return contextlib.nullcontext()
-    return CompilePool(lab.facts.arch, jobs=jobs)
+@contextlib.contextmanager
+def _laboratory(given: Lab | None, jobs: int | None) -> Iterator[tuple[Lab, Compiler | None]]:
+    if given is not None:
+        yield given, None
+        return
+    with laboratory(setup=Setup(jobs=jobs)) as made:
+        yield made
 
 
 def options_of(values: Mapping[str, Any]) -> Options:

@@ -24,7 +24,7 @@ from tritonconv.runtime.tables import Entry, Tier, Trial, choose
 from .analysis import Agreement, agreement, geomean, look_up
 from .fresh import Done, Job, Launch, in_fresh_process
 from .host import HostTime, host_time
-from .measure import CandidateError, CudaLab, Lab, NoDeviceError, Policy, take_turns
+from .measure import CandidateError, Lab, NoDeviceError, Policy, take_turns
 from .report import Options
 from .session import Compiler
 from .space import Candidate
@@ -219,7 +219,7 @@ def regret(
     folder: Path,
     *,
     options: Options | None = None,
-    lab: Lab | None = None,
+    lab: Lab,
     compiler: Compiler | None = None,
     say: Say = _silent,
 ) -> UnseenSummary:
@@ -227,7 +227,6 @@ def regret(
 
     Both configs are timed in turns, so that neither gains from when it was timed.
     """
-    lab = lab or CudaLab()
     options = options or Options()
     base_store = Store(folder / "base" / "tuned")
     own_store = Store(folder / "own" / "tuned")
@@ -348,9 +347,10 @@ def wall_time(
 ) -> WallTime:
     """Tune the problems from empty caches in several ways, each in a fresh process.
 
-    ``parallel`` compiles on all cores, ``serial`` on one, and ``triton.autotune`` compiles and
-    times one config after the other, as Triton does, for exactly the configs that ``parallel``
-    met; PyTorch's own kernels, which Triton could not try, cost it nothing.
+    ``parallel`` compiles ahead on all cores, ``serial`` each config just before it is measured.
+    ``triton.autotune`` compiles and times one config after the other, as Triton does, for exactly
+    the configs that ``parallel`` met; PyTorch's own kernels, which Triton could not try, cost it
+    nothing.
 
     Args:
         pairs: what to tune.
@@ -371,7 +371,7 @@ def wall_time(
     for name in arms:
         place = folder / name
         candidates = _met(pairs, folder / PARALLEL) if name == TRITON else None
-        jobs = 1 if name == SERIAL else None
+        jobs = 0 if name == SERIAL else None
         job = Job(pairs, place, place / "kernels", jobs, options or {}, None, candidates, lab)
         done = launch(job)
         say(f"{name}: {done.seconds:.1f} s for {done.configs} configs")
