@@ -8,4 +8,26 @@ From Python::
     operator = get_operator("conv2d.forward")
     problem = operator.parse({"batch": 8, "in_channels": 64, "out_channels": 64, "height": 56})
     reports = tune(operator, [problem])
+
+For a Triton kernel of your own, in place of ``triton.autotune``::
+
+    from tritonconv.autotune import autotune
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .decorator import autotune
+
+__all__ = ["autotune"]
+
+
+def __getattr__(name: str) -> Any:
+    # Most who import this package want a module of it, and should not wait for the others.
+    if name == "autotune":
+        from .decorator import autotune
+
+        return autotune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,6 +22,7 @@ from . import (
     import_,
     list_,
     merge,
+    plot,
     quickstart,
     show,
     tune,
@@ -90,4 +91,5 @@ app.command("export")(export.export)
 app.command("import")(import_.import_)
 app.command("merge")(merge.merge)
 app.command("clean")(clean.clean)
+app.command("plot")(plot.plot)
 app.command("quickstart")(quickstart.quickstart)
