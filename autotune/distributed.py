@@ -9,12 +9,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -24,27 +20,23 @@ import torch.distributed as dist
 from tritonconv.runtime import tables
 from tritonconv.runtime.device import DeviceFacts, device_facts
 from tritonconv.runtime.errors import TritonConvError, bad_value
-from tritonconv.runtime.operators import Operator, Problem
+from tritonconv.runtime.operators import Operator
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Entry, Environment, digest, environment
 
 from .answers import answers, differences, fingerprint, in_words, known_operators
+from .gpus import Pair, default_lab, gpus_of_this_host, tune_on_gpus
 from .measure import Lab
-from .search import Outcome
-from .space import Candidate
 from .store import Store
 from .tune import (
     Options,
     Progress,
     Report,
     Result,
-    TuningInterrupted,
     TuningStoppedError,
     tune_pairs,
     unique_pairs,
 )
-
-Pair = tuple[Operator, Problem]
 
 _SHOWN = 10
 _PATIENCE_SECONDS = 24 * 3600.0
@@ -211,12 +203,6 @@ def tune_sharded(
     return Sharded(tuple(reports), mark, missing, lost)
 
 
-def default_lab(device: torch.device | int | None = None) -> Lab:
-    """A measuring process on a GPU."""
-    lab: Lab = import_module(f"{__package__}.isolated").WorkerLab(device)
-    return lab
-
-
 def _local_device() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
@@ -338,217 +324,13 @@ def _assert_same(ranks: Ranks, operators: Sequence[Operator], facts: DeviceFacts
     return mark
 
 
-def gpus_of_this_host() -> tuple[int, ...]:
-    """Indices of the GPUs of the same name as the first."""
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return tuple(index for index, name in enumerate(names) if name == names[0])
-
-
-def tune_on_gpus(
-    pairs: Iterable[Pair],
-    devices: Sequence[int],
-    make_lab: Callable[[int], Lab] | None = None,
-    *,
-    budget_s: float | None = None,
-    options: Options | None = None,
-    progress: Progress | None = None,
-    store: Store | None = None,
-) -> list[Report]:
-    """Tune on several GPUs of this host at once: one thread each, problems from one queue.
-
-    Args:
-        pairs: operators and problems; repeats are tuned once.
-        devices: indices of GPUs of the same name.
-        make_lab: makes the laboratory of a GPU; a measuring process when None.
-        budget_s: seconds for all of it.
-        options: as for :func:`~tritonconv.autotune.tune.tune`.
-        progress: told of every step, by one thread at a time.
-        store: where entries go.
-
-    Returns:
-        One report per problem, in their order. What a GPU that failed left behind was done by
-        the others.
-
-    Raises:
-        ArgumentValueError: there are no devices, or their names differ.
-        TuningInterrupted: Ctrl-C; carries the reports of the problems that are done.
-        TuningStoppedError: every GPU failed; likewise.
-    """
-    if not devices:
-        raise bad_value("devices", "at least one GPU", list(devices))
-    crew = _Crew(unique_pairs(pairs), budget_s, options, progress or Progress(), store or Store())
-    labs: dict[int, Lab] = {}
-    names: dict[int, str] = {}
-    try:
-        for device in devices:
-            try:
-                labs[device] = (make_lab or default_lab)(device)
-                names[device] = labs[device].facts.name
-            except Exception as error:  # this GPU is out; the others tune
-                crew.failures[device] = error
-        if len(set(names.values())) > 1:
-            raise bad_value("devices", "GPUs of one name", names)
-        return crew.work({device: labs[device] for device in names})
-    finally:
-        for lab in labs.values():
-            _close(lab)
-
-
-def _close(lab: Lab) -> None:
-    close: Callable[[], None] | None = getattr(lab, "close", None)
-    if close is not None:
-        close()
-
-
-class _Stopped(KeyboardInterrupt):
-    """Ends a thread's tuning between two candidates."""
-
-
-class _Crew:
-    """The threads of :func:`tune_on_gpus` and what they share."""
-
-    def __init__(
-        self,
-        plan: Sequence[Pair],
-        budget_s: float | None,
-        options: Options | None,
-        progress: Progress,
-        store: Store,
-    ) -> None:
-        self.plan = plan
-        self.options = options
-        self.progress = progress
-        self.store = store
-        self.deadline = None if budget_s is None else time.monotonic() + budget_s
-        self.lock = threading.RLock()
-        self.stop = threading.Event()
-        self.todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.reports: dict[int, Report] = {}
-        self.failures: dict[int, Exception] = {}
-        self.blamed: dict[int, Exception] = {}
-        self.working = 0
-        for index in range(len(plan)):
-            self.todo.put(index)
-
-    def work(self, labs: Mapping[int, Lab]) -> list[Report]:
-        """Run the threads until nothing is left to do, or nobody to do it."""
-        self.progress.begin(len(self.plan))
-        while True:
-            sound = {device: lab for device, lab in labs.items() if device not in self.failures}
-            if not sound or self.todo.empty():
-                break
-            # Again when a GPU failed after the others had found nothing left and gone.
-            self._round(sound)
-        if len(self.reports) < len(self.plan):
-            first = next(iter(self.failures.values()))
-            raise TuningStoppedError(self._ordered(), first) from first
-        return self._ordered()
-
-    def _round(self, labs: Mapping[int, Lab]) -> None:
-        self.working = len(labs)
-        threads = [
-            threading.Thread(target=self._thread, args=item, name=f"tune-gpu{item[0]}")
-            for item in labs.items()
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.1)  # returns to Python, which may have a Ctrl-C to raise
-        except KeyboardInterrupt:
-            self.stop.set()
-            for lab in labs.values():
-                _close(lab)  # a candidate that hangs would keep its thread, and this one waiting
-            for thread in threads:
-                thread.join()
-            raise TuningInterrupted(self._ordered()) from None
-
-    def _ordered(self) -> list[Report]:
-        return [self.reports[index] for index in sorted(self.reports)]
-
-    def _thread(self, device: int, lab: Lab) -> None:
-        while not self.stop.is_set():
-            try:
-                index = self.todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                (report,) = tune_pairs(
-                    [self.plan[index]],
-                    budget_s=self._share(),
-                    options=self.options,
-                    progress=_OneOf(self, index),
-                    store=self.store,
-                    lab=lab,
-                )
-            except KeyboardInterrupt:
-                return
-            except Exception as error:
-                self._give_up(device, index, error)
-                return
-            with self.lock:
-                self.reports[index] = report
-
-    def _share(self) -> float | None:
-        """Seconds for the next problem: what is left for all, on all GPUs that still work."""
-        if self.deadline is None:
-            return None
-        left = max(self.deadline - time.monotonic(), 0.0)
-        return left * self.working / max(self.todo.qsize() + self.working, 1)
-
-    def _give_up(self, device: int, index: int, error: Exception) -> None:
-        """One GPU is out; its problem goes to another, unless it has cost a GPU before."""
-        with self.lock:
-            if self.stop.is_set():
-                return
-            self.working -= 1
-            self.failures[device] = error
-            if index in self.blamed:
-                self.reports[index] = self._failed(index, error)
-            else:
-                self.blamed[index] = error
-                self.todo.put(index)
-
-    def _failed(self, index: int, error: Exception) -> Report:
-        operator, problem = self.plan[index]
-        return Report(
-            operator=operator.name,
-            problem=problem,
-            result=Result.FAILED,
-            entry=None,
-            path=None,
-            space_size=0,
-            planned=0,
-            measured=0,
-            complete=False,
-            rejected=(),
-            wall_s=0.0,
-            reason=f"{type(error).__name__}: {error}",
-        )
-
-
-class _OneOf(Progress):
-    """Passes on the progress of one problem, under the lock and with its own index."""
-
-    def __init__(self, crew: _Crew, index: int) -> None:
-        self.crew = crew
-        self.index = index
-
-    def problem(self, index: int, problem: Problem, planned: int) -> None:
-        with self.crew.lock:
-            self.crew.progress.problem(self.index, problem, planned)
-
-    def candidate(self, candidate: Candidate, outcome: Outcome) -> None:
-        if self.crew.stop.is_set():
-            raise _Stopped
-        with self.crew.lock:
-            self.crew.progress.candidate(candidate, outcome)
-
-    def finalists(self, count: int) -> None:
-        with self.crew.lock:
-            self.crew.progress.finalists(count)
-
-    def end(self, report: Report) -> None:
-        with self.crew.lock:
-            self.crew.progress.end(report)
+__all__ = [
+    "Ranks",
+    "Sharded",
+    "TablesDifferError",
+    "assert_same_tables",
+    "gpus_of_this_host",
+    "tune_on_gpus",
+    "tune_sharded",
+    "under_torchrun",
+]

@@ -38,9 +38,7 @@ def double(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
     key=["size"],
 )
 @triton.jit
-def sloppy(
-    x_ptr, y_ptr, size, BLOCK: tl.constexpr, OVERRUN: tl.constexpr, SCALE: tl.constexpr
-):
+def sloppy(x_ptr, y_ptr, size, BLOCK: tl.constexpr, OVERRUN: tl.constexpr, SCALE: tl.constexpr):
     """y = 2 x; one config writes behind the end, another computes 3 x."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets, mask=offsets < size)
