@@ -269,7 +269,7 @@ class TestTuning:
     def test_heuristics_below_and_above(self, x: torch.Tensor) -> None:
         def times(candidate: Candidate) -> float:
             config = candidate.config.as_dict()
-            return float(config.get("SPLIT", config["BLOCK"] if "BLOCK" in config else 0))
+            return float(config.get("SPLIT", config.get("BLOCK", 0)))
 
         y = torch.empty_like(x)
         with using_lab(PlaybackLab(times)):  # type: ignore[arg-type]
