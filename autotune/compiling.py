@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from tritonconv.runtime.aot import Compiled, compile_plan, parse_target
+from tritonconv.runtime.entries import Resources
 from tritonconv.runtime.operators import Algorithm, Operator, Problem
 
 from .forkserver import dumps
@@ -38,15 +39,6 @@ from .workers import (
 COMPILE_SECONDS = 60.0
 _NICE = 5  # measuring goes first
 _FRUITLESS_STARTS = 3
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the kernels of a candidate take, the largest figure of each; None where unknown."""
-
-    registers: int | None = None
-    spill_bytes: int | None = None
-    shared_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +216,8 @@ class CompilePool:
         self.submit(operator, problem, waiting)
         while waiting:
             with self._changed:
-                ready, later = [], []
+                ready: list[tuple[Candidate, CompileOutcome]] = []
+                later: list[Candidate] = []
                 while not ready and waiting:
                     later = []
                     for candidate in waiting:

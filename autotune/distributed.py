@@ -1,7 +1,6 @@
-"""Tune on many GPUs: ranks of a torchrun job, or all GPUs of one host; and tell tables apart.
+"""Tune on the ranks of a torchrun job, and tell tables apart.
 
-Ranks exchange entries as JSON over gloo, so that all of them end with one table. The GPUs of one
-host take problems from one queue, each with a laboratory of its own.
+Ranks exchange entries as JSON over gloo, so that all of them end with one table.
 """
 
 from __future__ import annotations
@@ -9,12 +8,9 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import queue
-import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -29,16 +25,15 @@ from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Entry, Environment, digest, environment
 
 from .answers import answers, differences, fingerprint, in_words, known_operators
+from .laboratory import Setup, close_lab
 from .measure import Lab
-from .search import Outcome
-from .space import Candidate
+from .session import Compiler
 from .store import Store
 from .tune import (
     Options,
     Progress,
     Report,
     Result,
-    TuningInterrupted,
     TuningStoppedError,
     tune_pairs,
     unique_pairs,
@@ -144,6 +139,7 @@ def tune_sharded(
     progress: Progress | None = None,
     store: Store | None = None,
     lab: Lab | None = None,
+    setup: Setup | None = None,
     patience_s: float = _PATIENCE_SECONDS,
 ) -> Sharded:
     """Tune every ``world``-th problem on this rank, and leave all ranks with the same table.
@@ -158,7 +154,8 @@ def tune_sharded(
         options: as for :func:`~tritonconv.autotune.tune.tune`.
         progress: told of this rank's steps.
         store: where entries go.
-        lab: where candidates run.
+        lab: where candidates run, instead of what ``setup`` makes; without compiling ahead.
+        setup: processes that compile and measure; the ranks of a host share its processors.
         patience_s: how long to wait for ranks that are still tuning.
 
     Raises:
@@ -170,8 +167,9 @@ def tune_sharded(
     plan = unique_pairs(pairs)
     operators = list({operator.name: operator for operator, _ in plan}.values())
     with Ranks(patience_s) as ranks:
-        lab = lab or default_lab(_local_device() if device is None else device)
-        env = environment(lab.facts)
+        facts = device_facts(_local_device() if device is None else device)
+        facts = facts if lab is None else lab.facts
+        env = environment(facts)
         _require_equal(
             ranks,
             {
@@ -180,9 +178,15 @@ def tune_sharded(
                 "sources": {op.name: op.source_hash() for op in operators},
             },
         )
-        reports, failure = _tune_share(
-            plan[ranks.rank :: ranks.world], budget_s, options, progress, store, lab
-        )
+        with ExitStack() as stack:
+            reports, failure = _tune_share(
+                plan[ranks.rank :: ranks.world],
+                lambda: (lab, None) if lab is not None else _equipment(stack, device, setup),
+                budget_s,
+                options,
+                progress,
+                store,
+            )
         tuned = [r.entry for r in reports if r.entry is not None and r.result is Result.TUNED]
         kept = [s.entry for op in operators for s in store.entries(env, op.name)]
         messages = ranks.gather(
@@ -195,11 +199,9 @@ def tune_sharded(
         table = _union(messages)
         _adopt(table, store, env, kept)
         tables.invalidate()
-        mark = digest([_winners(store, env, operators), fingerprint(operators, lab.facts)])
+        mark = digest([_winners(store, env, operators), fingerprint(operators, facts)])
         if len(set(ranks.gather(mark))) > 1:
-            known = ranks.gather(
-                {**_winners(store, env, operators), **answers(operators, lab.facts)}
-            )
+            known = ranks.gather({**_winners(store, env, operators), **answers(operators, facts)})
             raise TablesDifferError(differences(known) or ["in shared or packaged tables"])
     present = {(entry.operator, digest(dict(entry.problem))) for entry in table.values()}
     missing = tuple(
@@ -211,10 +213,17 @@ def tune_sharded(
     return Sharded(tuple(reports), mark, missing, lost)
 
 
-def default_lab(device: torch.device | int | None = None) -> Lab:
-    """A measuring process on a GPU."""
-    lab: Lab = import_module(f"{__package__}.isolated").WorkerLab(device)
-    return lab
+def _equipment(
+    stack: ExitStack, device: torch.device | int | None, setup: Setup | None
+) -> tuple[Lab, Compiler | None]:
+    """This rank's measuring process and its share of the host's compiling processes."""
+    setup = setup or Setup()
+    lab = setup.lab(_local_device() if device is None else device)
+    stack.callback(close_lab, lab)
+    pool = setup.pool(lab.facts, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if pool is not None:
+        stack.enter_context(pool)
+    return lab, pool
 
 
 def _local_device() -> int:
@@ -233,16 +242,23 @@ def _require_equal(ranks: Ranks, mine: Mapping[str, Any]) -> None:
 
 def _tune_share(
     share: Sequence[Pair],
+    equip: Callable[[], tuple[Lab, Compiler | None]],
     budget_s: float | None,
     options: Options | None,
     progress: Progress | None,
     store: Store,
-    lab: Lab,
 ) -> tuple[list[Report], str]:
     """This rank's reports, and why there are no more of them."""
     try:
+        lab, compiler = equip()
         reports = tune_pairs(
-            share, budget_s=budget_s, options=options, progress=progress, store=store, lab=lab
+            share,
+            budget_s=budget_s,
+            options=options,
+            progress=progress,
+            store=store,
+            lab=lab,
+            compiler=compiler,
         )
     except TuningStoppedError as error:
         return list(error.reports), str(error)
@@ -336,219 +352,3 @@ def _assert_same(ranks: Ranks, operators: Sequence[Operator], facts: DeviceFacts
         known = ranks.gather({**state, **answers(operators, facts)})
         raise TablesDifferError(differences(known) or ["in a packaged or related device's table"])
     return mark
-
-
-def gpus_of_this_host() -> tuple[int, ...]:
-    """Indices of the GPUs of the same name as the first."""
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return tuple(index for index, name in enumerate(names) if name == names[0])
-
-
-def tune_on_gpus(
-    pairs: Iterable[Pair],
-    devices: Sequence[int],
-    make_lab: Callable[[int], Lab] | None = None,
-    *,
-    budget_s: float | None = None,
-    options: Options | None = None,
-    progress: Progress | None = None,
-    store: Store | None = None,
-) -> list[Report]:
-    """Tune on several GPUs of this host at once: one thread each, problems from one queue.
-
-    Args:
-        pairs: operators and problems; repeats are tuned once.
-        devices: indices of GPUs of the same name.
-        make_lab: makes the laboratory of a GPU; a measuring process when None.
-        budget_s: seconds for all of it.
-        options: as for :func:`~tritonconv.autotune.tune.tune`.
-        progress: told of every step, by one thread at a time.
-        store: where entries go.
-
-    Returns:
-        One report per problem, in their order. What a GPU that failed left behind was done by
-        the others.
-
-    Raises:
-        ArgumentValueError: there are no devices, or their names differ.
-        TuningInterrupted: Ctrl-C; carries the reports of the problems that are done.
-        TuningStoppedError: every GPU failed; likewise.
-    """
-    if not devices:
-        raise bad_value("devices", "at least one GPU", list(devices))
-    crew = _Crew(unique_pairs(pairs), budget_s, options, progress or Progress(), store or Store())
-    labs: dict[int, Lab] = {}
-    names: dict[int, str] = {}
-    try:
-        for device in devices:
-            try:
-                labs[device] = (make_lab or default_lab)(device)
-                names[device] = labs[device].facts.name
-            except Exception as error:  # this GPU is out; the others tune
-                crew.failures[device] = error
-        if len(set(names.values())) > 1:
-            raise bad_value("devices", "GPUs of one name", names)
-        return crew.work({device: labs[device] for device in names})
-    finally:
-        for lab in labs.values():
-            _close(lab)
-
-
-def _close(lab: Lab) -> None:
-    close: Callable[[], None] | None = getattr(lab, "close", None)
-    if close is not None:
-        close()
-
-
-class _Stopped(KeyboardInterrupt):
-    """Ends a thread's tuning between two candidates."""
-
-
-class _Crew:
-    """The threads of :func:`tune_on_gpus` and what they share."""
-
-    def __init__(
-        self,
-        plan: Sequence[Pair],
-        budget_s: float | None,
-        options: Options | None,
-        progress: Progress,
-        store: Store,
-    ) -> None:
-        self.plan = plan
-        self.options = options
-        self.progress = progress
-        self.store = store
-        self.deadline = None if budget_s is None else time.monotonic() + budget_s
-        self.lock = threading.RLock()
-        self.stop = threading.Event()
-        self.todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.reports: dict[int, Report] = {}
-        self.failures: dict[int, Exception] = {}
-        self.blamed: dict[int, Exception] = {}
-        self.working = 0
-        for index in range(len(plan)):
-            self.todo.put(index)
-
-    def work(self, labs: Mapping[int, Lab]) -> list[Report]:
-        """Run the threads until nothing is left to do, or nobody to do it."""
-        self.progress.begin(len(self.plan))
-        while True:
-            sound = {device: lab for device, lab in labs.items() if device not in self.failures}
-            if not sound or self.todo.empty():
-                break
-            # Again when a GPU failed after the others had found nothing left and gone.
-            self._round(sound)
-        if len(self.reports) < len(self.plan):
-            first = next(iter(self.failures.values()))
-            raise TuningStoppedError(self._ordered(), first) from first
-        return self._ordered()
-
-    def _round(self, labs: Mapping[int, Lab]) -> None:
-        self.working = len(labs)
-        threads = [
-            threading.Thread(target=self._thread, args=item, name=f"tune-gpu{item[0]}")
-            for item in labs.items()
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.1)  # returns to Python, which may have a Ctrl-C to raise
-        except KeyboardInterrupt:
-            self.stop.set()
-            for lab in labs.values():
-                _close(lab)  # a candidate that hangs would keep its thread, and this one waiting
-            for thread in threads:
-                thread.join()
-            raise TuningInterrupted(self._ordered()) from None
-
-    def _ordered(self) -> list[Report]:
-        return [self.reports[index] for index in sorted(self.reports)]
-
-    def _thread(self, device: int, lab: Lab) -> None:
-        while not self.stop.is_set():
-            try:
-                index = self.todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                (report,) = tune_pairs(
-                    [self.plan[index]],
-                    budget_s=self._share(),
-                    options=self.options,
-                    progress=_OneOf(self, index),
-                    store=self.store,
-                    lab=lab,
-                )
-            except KeyboardInterrupt:
-                return
-            except Exception as error:
-                self._give_up(device, index, error)
-                return
-            with self.lock:
-                self.reports[index] = report
-
-    def _share(self) -> float | None:
-        """Seconds for the next problem: what is left for all, on all GPUs that still work."""
-        if self.deadline is None:
-            return None
-        left = max(self.deadline - time.monotonic(), 0.0)
-        return left * self.working / max(self.todo.qsize() + self.working, 1)
-
-    def _give_up(self, device: int, index: int, error: Exception) -> None:
-        """One GPU is out; its problem goes to another, unless it has cost a GPU before."""
-        with self.lock:
-            if self.stop.is_set():
-                return
-            self.working -= 1
-            self.failures[device] = error
-            if index in self.blamed:
-                self.reports[index] = self._failed(index, error)
-            else:
-                self.blamed[index] = error
-                self.todo.put(index)
-
-    def _failed(self, index: int, error: Exception) -> Report:
-        operator, problem = self.plan[index]
-        return Report(
-            operator=operator.name,
-            problem=problem,
-            result=Result.FAILED,
-            entry=None,
-            path=None,
-            space_size=0,
-            planned=0,
-            measured=0,
-            complete=False,
-            rejected=(),
-            wall_s=0.0,
-            reason=f"{type(error).__name__}: {error}",
-        )
-
-
-class _OneOf(Progress):
-    """Passes on the progress of one problem, under the lock and with its own index."""
-
-    def __init__(self, crew: _Crew, index: int) -> None:
-        self.crew = crew
-        self.index = index
-
-    def problem(self, index: int, problem: Problem, planned: int) -> None:
-        with self.crew.lock:
-            self.crew.progress.problem(self.index, problem, planned)
-
-    def candidate(self, candidate: Candidate, outcome: Outcome) -> None:
-        if self.crew.stop.is_set():
-            raise _Stopped
-        with self.crew.lock:
-            self.crew.progress.candidate(candidate, outcome)
-
-    def finalists(self, count: int) -> None:
-        with self.crew.lock:
-            self.crew.progress.finalists(count)
-
-    def end(self, report: Report) -> None:
-        with self.crew.lock:
-            self.crew.progress.end(report)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tritonconv.nn import convert
+from tritonconv.runtime.backend import backend
 from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.tables import recording
@@ -239,8 +240,11 @@ def harvest_named(
 
 
 def collect(step: Callable[[], None]) -> list[Pair]:
-    """Run ``step`` once and list the distinct problems it met, in order."""
-    with recording() as met:
+    """Run ``step`` once and list the distinct problems it met, in order.
+
+    PyTorch's kernels compute: nothing has to be compiled to learn which problems there are.
+    """
+    with backend("torch"), recording() as met:
         step()
     return unique_pairs(met)
 

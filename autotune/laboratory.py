@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from tritonconv.runtime.device import DeviceFacts
-from tritonconv.runtime.errors import bad_value
 
 from .compiling import COMPILE_SECONDS, CompilePool, default_jobs
 from .isolated import RUN_SECONDS, WorkerLab
@@ -42,9 +41,7 @@ class Setup:
         """
         if not self.isolated:
             return CudaLab(device)
-        return WorkerLab(
-            device, run_timeout=self.run_timeout, compile_timeout=self.compile_timeout
-        )
+        return WorkerLab(device, run_timeout=self.run_timeout, compile_timeout=self.compile_timeout)
 
     def pool(self, facts: DeviceFacts, shared_by: int = 1) -> CompilePool | None:
         """The compiling processes for a device, one of ``shared_by`` such pools on this host."""
@@ -74,26 +71,15 @@ def laboratory(
     setup = setup or Setup()
     with ExitStack() as stack:
         lab = setup.lab(device)
-        close = getattr(lab, "close", None)
-        if close is not None:
-            stack.callback(close)
+        stack.callback(close_lab, lab)
         pool = setup.pool(lab.facts)
         if pool is not None:
             stack.enter_context(pool)
         yield lab, pool
 
 
-def parse_gpus(text: str) -> tuple[int, ...]:
-    """GPU indices from ``all`` or ``0,2``; all means those of the first one's name.
-
-    Raises:
-        ArgumentValueError: another form, or no such GPU.
-    """
-    count = torch.cuda.device_count()
-    if text == "all":
-        names = [torch.cuda.get_device_name(index) for index in range(count)]
-        return tuple(index for index, name in enumerate(names) if name == names[0])
-    parts: Sequence[str] = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) < count for part in parts):
-        raise bad_value("gpus", f"all, or indices below {count} such as 0,1", repr(text))
-    return tuple(dict.fromkeys(int(part) for part in parts))
+def close_lab(lab: Lab) -> None:
+    """End the process of a laboratory that has one."""
+    close: Callable[[], None] | None = getattr(lab, "close", None)
+    if close is not None:
+        close()

@@ -106,7 +106,7 @@ def tune_pairs(
     ]
     deadline = None if budget_s is None else time.monotonic() + budget_s
     reports: list[Report] = []
-    ahead = _LookAhead(sessions)
+    ahead = LookAhead(sessions)
     progress.begin(len(sessions))
     try:
         for index, session in enumerate(sessions):
@@ -114,17 +114,7 @@ def tune_pairs(
             share = None
             if deadline is not None:
                 share = max(deadline - time.monotonic(), 0.0) / (len(sessions) - index)
-            try:
-                report = session.run(index, share)
-            except DeviceLostError:
-                raise
-            except Exception as error:
-                # One problem that cannot be set up (too large for the device) is not all of them.
-                report = session.failed(error)
-            reports.append(report)
-            if report.result in (Result.TUNED, Result.KEPT):
-                invalidate(session.operator.name)  # KEPT: by another process, perhaps
-            progress.end(report)
+            reports.append(run_session(session, index, share))
     except KeyboardInterrupt:
         raise TuningInterrupted(reports) from None
     except DeviceLostError as error:
@@ -132,7 +122,26 @@ def tune_pairs(
     return reports
 
 
-class _LookAhead:
+def run_session(session: Session, index: int, seconds: float | None) -> Report:
+    """Tune one problem, and let lookups and the user know.
+
+    Raises:
+        DeviceLostError: nothing more can run on this lab.
+    """
+    try:
+        report = session.run(index, seconds)
+    except DeviceLostError:
+        raise
+    except Exception as error:
+        # One problem that cannot be set up (too large for the device) is not all of them.
+        report = session.failed(error)
+    if report.result in (Result.TUNED, Result.KEPT):
+        invalidate(session.operator.name)  # KEPT: by another process, perhaps
+    session.progress.end(report)
+    return report
+
+
+class LookAhead:
     """Begins sessions before their turn, so that the compiler always has work."""
 
     def __init__(self, sessions: Sequence[Session]) -> None:

@@ -19,13 +19,19 @@ Pair = tuple[Operator, Problem]
 
 
 def show_dry_run(out: Output, pairs: Sequence[Pair], facts: DeviceFacts, options: Options) -> None:
+    """What would be tried, and what is left out for which reason."""
     rows: list[dict[str, Any]] = []
-    shown = table("problem", "space>", "planned>", "by algorithm")
-    unserved: dict[tuple[str, str], int] = {}
+    shown = table("problem", "space>", "planned>", "dropped>", "by algorithm")
+    left_out: dict[tuple[str, str], list[int]] = {}  # configs of each problem, 0 for all of them
+    examples: dict[tuple[str, str], str] = {}
     for operator, problem in pairs:
         found = space(operator, problem, facts)
-        planned = schedule(
-            found, options.effort, max_configs=options.max_configs, seed=options.seed
+        strategy = make_strategy(
+            options.strategy,
+            found,
+            options.effort,
+            max_configs=options.max_configs,
+            seed=options.seed,
         )
         counts: dict[str, int] = {}
         for candidate in found.candidates:
@@ -34,24 +40,38 @@ def show_dry_run(out: Output, pairs: Sequence[Pair], facts: DeviceFacts, options
             {
                 **problem_json(operator.name, problem),
                 "space": len(found.candidates),
-                "planned": len(planned),
+                "space_hash": found.hash,
+                "planned": strategy.planned,
+                "first": [str(candidate) for candidate in strategy.ask()],
                 "by_algorithm": counts,
                 "unsupported": dict(found.unsupported),
+                "dropped": [
+                    {"algorithm": name, "constraint": constraint, "configs": count}
+                    for (name, constraint), count in found.reasons().items()
+                ],
                 "default": str(found.default),
             }
         )
         shown.add_row(
             str(problem),
             str(len(found.candidates)),
-            str(len(planned)),
+            str(strategy.planned),
+            str(len(found.dropped)),
             ", ".join(f"{name} {count}" for name, count in counts.items()),
         )
-        for row in found.unsupported.items():
-            unserved[row] = unserved.get(row, 0) + 1
-    left_out = table("left out", "problems>", "because")
-    for (name, reason), count in sorted(unserved.items()):
-        left_out.add_row(name, str(count), reason)
-    tables = [shown, left_out] if unserved else [shown]
+        for name, reason in found.unsupported.items():
+            left_out.setdefault((name, reason), []).append(0)
+        for (name, constraint), count in found.reasons().items():
+            left_out.setdefault((name, constraint), []).append(count)
+        for row in found.dropped:
+            examples.setdefault((row.candidate.algorithm, row.constraint), row.reason)
+    reasons = table("left out", "problems>", "configs>", "because")
+    for (name, reason), configs in sorted(left_out.items()):
+        total = str(sum(configs)) if any(configs) else "all"
+        example = examples.get((name, reason))
+        because = reason if example is None else f"{reason}, for example {example}"
+        reasons.add_row(name, str(len(configs)), total, because)
+    tables = [shown, reasons] if left_out else [shown]
     out.result({"device": facts.as_dict(), "dry_run": True, "problems": rows}, *tables)
 
 
@@ -62,6 +82,7 @@ def show_reports(
     asked: int,
     wall_s: float,
 ) -> None:
+    """The outcome of every problem."""
     shown = table(
         "problem",
         "default µs>",
@@ -91,11 +112,23 @@ def show_reports(
         )
     payload = {
         "asked": asked,
+        "wall_s": round(wall_s, 2),
         "interrupted": isinstance(stopped, TuningInterrupted),
         "tables": str(Store().root),
         "reports": [report_json(report) for report in reports],
     }
     out.result(payload, shown)
+    compiling = sum(
+        trial.compile_s or 0.0
+        for r in reports
+        if r.entry and r.measured
+        for trial in r.entry.trials
+    )
+    tried = sum(report.measured for report in reports)
+    out.say(
+        f"{tried} candidates of {len(reports)} problems in {wall_s:.0f} s; compiling them took "
+        f"{compiling:.0f} s of processor time; tables in {Store().root}"
+    )
     if any(not report.complete for report in reports):
         out.say("the budget ended some searches early; the same command goes on from here")
     for report in reports:

@@ -17,10 +17,11 @@ from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.operators import Operator, Problem
 
 from ..compiling import COMPILE_SECONDS
-from ..distributed import tune_on_gpus, tune_sharded, under_torchrun
+from ..distributed import tune_sharded, under_torchrun
+from ..gpus import parse_gpus, tune_on_gpus
 from ..harvest import harvest_named
 from ..isolated import RUN_SECONDS
-from ..laboratory import Setup, laboratory, parse_gpus
+from ..laboratory import Setup, laboratory
 from ..measure import NoDeviceError, Policy
 from ..report import Progress, TuningInterrupted, TuningStoppedError
 from ..search import Effort, StrategyName
@@ -104,9 +105,7 @@ def tune(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(
-            "--jobs", min=0, help="Compiling processes; 0 compiles where candidates run."
-        ),
+        typer.Option("--jobs", min=0, help="Compiling processes; 0 compiles where candidates run."),
     ] = None,
     in_process: Annotated[
         bool,
@@ -179,9 +178,7 @@ def tune(
         missed_problems.clear(environment(device_facts()))
 
 
-def _sources(
-    shapes: str | None, model: str | None, missed: bool
-) -> tuple[tuple[str, bool], ...]:
+def _sources(shapes: str | None, model: str | None, missed: bool) -> tuple[tuple[str, bool], ...]:
     return ("--shapes", shapes is not None), ("--model", model is not None), ("--missed", missed)
 
 

@@ -1,5 +1,6 @@
 """Compile configs of convolution spaces for a target without a GPU and print, as JSON, their
-estimated and their real shared memory."""
+estimated and their real shared memory.
+"""
 
 from __future__ import annotations
 
