@@ -186,9 +186,7 @@ class CompilePool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(
-        self, operator: Operator, problem: Problem, candidates: Iterable[Candidate]
-    ) -> None:
+    def submit(self, operator: Operator, problem: Problem, candidates: Iterable[Candidate]) -> None:
         """Ask for candidates, which are compiled in this order behind what was asked for before.
 
         What was submitted already is not compiled again, unless it was dropped since.
@@ -351,9 +349,7 @@ class CompilePool:
             outcome = seat.worker.receive(seconds)
         except WorkerTimeoutError as error:
             replace = True
-            outcome = Failure(
-                Status.COMPILE_TIMEOUT, f"did not compile within {self.timeout:g} s"
-            )
+            outcome = Failure(Status.COMPILE_TIMEOUT, f"did not compile within {self.timeout:g} s")
             cause: Exception = error
         except WorkerDiedError as error:
             replace = True
@@ -361,9 +357,7 @@ class CompilePool:
             cause = error
         except RemoteError as error:
             # Not of the candidate, whose errors are outcomes: its parts cannot be made there.
-            replace = seat.starting
             outcome = Failure(Status.CONSTRAINT, f"in the compile process: {error}"[:300])
-            cause = error
         if seat.starting:
             seat.starting = False
             if replace:

@@ -39,6 +39,7 @@ SHARED_MEMORY_LIMIT: dict[str, int] = {
 }
 """Bytes of shared memory one block may use (CUDA C++ programming guide, AMD CDNA3 ISA)."""
 
+
 @dataclass(frozen=True)
 class Compiled:
     """Resources of one compiled kernel; None where no tool reports them."""
