@@ -64,14 +64,6 @@ class CandidateError(TritonConvError):
         self.failure = failure
 
 
-class TurnError(CandidateError):
-    """A candidate failed while several were timed in turns; ``index`` is its position."""
-
-    def __init__(self, failure: Failure, index: int) -> None:
-        super().__init__(failure)
-        self.index = index
-
-
 class DeviceLostError(TritonConvError):
     """A candidate broke the GPU context of this process: nothing more can run in it."""
 
@@ -156,17 +148,39 @@ def take_turns(
     """Time several candidates in turns, another one leading each turn.
 
     Raises:
-        TurnError: a candidate failed, which it may do only after many calls.
+        CandidateError: a candidate failed, which it may do only after many calls.
     """
     samples: list[list[float]] = [[] for _ in handles]
     for turn in range(turns):
         for offset in range(len(handles)):
             index = (turn + offset) % len(handles)
-            try:
-                samples[index] += timer.sample(handles[index], seconds)
-            except CandidateError as error:
-                raise TurnError(error.failure, index) from error
+            samples[index] += timer.sample(handles[index], seconds)
     return [summarize(values) for values in samples]
+
+
+def time_once(timer: Timer, candidate: Candidate) -> tuple[Timing, str]:
+    """Prepare a candidate and time it briefly: its timing and what a reader of it should know.
+
+    A timer of another process does both at one request.
+
+    Raises:
+        CandidateError: it does not compile or does not run.
+    """
+    at_once: Callable[[Candidate], tuple[Timing, str]] | None = getattr(timer, "first_round", None)
+    if at_once is not None:
+        return at_once(candidate)
+    handle = timer.prepare(candidate)
+    return first_round(timer, handle), timer.note(handle)
+
+
+def time_in_turns(timer: Timer, handles: Sequence[Any]) -> list[Timing | Failure]:
+    """:func:`take_turns`, with the failures of candidates that did not last in their places."""
+    at_once: Callable[[Sequence[Any]], list[Timing | Failure]] | None = getattr(
+        timer, "take_turns", None
+    )
+    if at_once is not None:
+        return at_once(handles)
+    return list(take_turns(timer, handles))
 
 
 TensorSet = tuple[torch.Tensor, ...]
