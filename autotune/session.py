@@ -24,7 +24,7 @@ from tritonconv.runtime.tables import Entry, Environment, Timing, Trial, environ
 
 from .compiling import CompileResult
 from .hardware import compiled_limits
-from .measure import CandidateError, Lab, Timer, TurnError, first_round, take_turns
+from .measure import CandidateError, Lab, Timer, time_in_turns, time_once
 from .report import Check, Options, Progress, Report, Result
 from .search import (
     Budget,
@@ -231,11 +231,10 @@ class Session:
             if reason is not None:
                 return replace(trial, status=Status.CONSTRAINT, reason=reason)
         try:
-            handle = timer.prepare(candidate)
-            timing = first_round(timer, handle)
+            timing, note = time_once(timer, candidate)
         except CandidateError as error:
             return replace(trial, status=error.failure.status, reason=error.failure.reason)
-        return replace(trial, timing=timing, reason=timer.note(handle))
+        return replace(trial, timing=timing, reason=note)
 
     def _too_hungry(self, candidate: Candidate, resources: Resources | None) -> str | None:
         """Why a compiled candidate is not worth timing; the default is timed whatever it takes."""
@@ -289,15 +288,11 @@ class Session:
                 self._reject(candidate, error.failure)
                 continue
             finalists.append(candidate)
-        # One that fails only after many calls goes, and the others are timed anew.
-        timings: list[Timing] = []
-        while finalists and not timings:
-            try:
-                timings = take_turns(timer, handles)
-            except TurnError as error:
-                self._reject(finalists.pop(error.index), error.failure)
-                handles.pop(error.index)
+        timings = time_in_turns(timer, handles)
         for candidate, handle, timing in zip(finalists, handles, timings, strict=True):
+            if isinstance(timing, Failure):
+                self._reject(candidate, timing)
+                continue
             key = candidate.as_key()
             self.trials[key] = replace(
                 self.trials[key], status=Status.OK, timing=timing, reason=timer.note(handle)
