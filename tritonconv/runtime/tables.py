@@ -341,14 +341,16 @@ def tuned_table(device: DeviceFacts) -> TunedTable:
     return _table(device, Path(settings.cache_dir), tuple(settings.cache_path))
 
 
-def fingerprint(operators: Iterable[str] | None = None, device: DeviceFacts | None = None) -> str:
+def fingerprint(
+    operators: Iterable[str | Operator] | None = None, device: DeviceFacts | None = None
+) -> str:
     """One hash over what lookups would answer: equal on all ranks if and only if their tables are.
 
     It covers the device, versions, kernel sources and the winner of every tuned problem; not where
     an entry was found, nor its timings.
 
     Args:
-        operators: names; all registered operators when None.
+        operators: operators, or names of registered ones; all of these when None.
         device: whose table; the current GPU's when None.
 
     Example:
@@ -356,10 +358,11 @@ def fingerprint(operators: Iterable[str] | None = None, device: DeviceFacts | No
         True
     """
     table = tuned_table(device_facts() if device is None else device)
-    names = sorted(operator_names() if operators is None else operators)
-    answers = []
-    if settings.autotune != "off":
-        answers = [table.answers(_get_operator(name)) for name in names]
+    asked = operator_names() if operators is None else operators
+    known = [op if isinstance(op, Operator) else _get_operator(op) for op in asked]
+    known.sort(key=lambda operator: operator.name)
+    answers = [] if settings.autotune == "off" else [table.answers(operator) for operator in known]
+    names = [operator.name for operator in known]
     return digest([table.environment.as_dict(), names, answers])
 
 
