@@ -329,7 +329,7 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
         self, args: tuple[Any, ...], kwargs: dict[str, Any], decision: _Decision
     ) -> _Decision:
         """Make the next such call a single lookup."""
-        form = (len(args), *kwargs)
+        form: tuple[int | str, ...] = (len(args), *kwargs)
         if len(self._raw) >= _MAX_RAW_KEYS:
             # Some argument takes ever new values: from now on only its class is part of the key.
             self._raw.clear()

@@ -480,5 +480,5 @@ def grids_of(
         except Exception as error:  # a user's function, which may demand what a config lacks
             found.append(f"{type(error).__name__}: {error}")
             continue
-        found.append((*value, 1, 1)[:3])  # type: ignore[arg-type]
+        found.append((*value, 1, 1)[:3])
     return tuple(found)

@@ -105,19 +105,13 @@ class Tuning:
         if entry is not None:
             return Found(self._winner(entry, configs), keep=not capturing)
         reason, keep = _why_not_tune(capturing)
-        name = self._operator(False).name
+        name = self.operator(False).name
         if reason is not None:
             if reason:
                 _warn_once(name, f"{name} is not tuned and its first config is used: {reason}")
             return Found(default, keep)
 
-        problem = KernelProblem(
-            operator=name,
-            key=tuple(key.items()),
-            arguments=capture(self.tuner.arg_names, args, kwargs),
-            configs=tuple(configs),
-            grids=grids_of(grid, configs, lambda config: self._meta(named, config)),
-        )
+        problem = self.problem(args, kwargs, grid, configs, key, named)
         begin = time.monotonic()
         report = self._tune(problem, device, persistent)
         self.tuner.bench_time = time.monotonic() - begin
@@ -126,8 +120,30 @@ class Tuning:
         self._show(report, configs)
         return Found(self._winner(report.entry, configs), keep=True)
 
-    def _operator(self, isolated: bool) -> KernelOperator:
-        """The kernel's operator; one that can travel needs the kernel's place."""
+    def problem(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        grid: Any,
+        configs: Sequence[triton.Config],
+        key: Mapping[str, Field],
+        named: Mapping[str, Any],
+    ) -> KernelProblem:
+        """A call as a problem for the tuner; arguments as for :meth:`find`, and the whole key."""
+        return KernelProblem(
+            operator=self.operator(False).name,
+            key=tuple(key.items()),
+            arguments=capture(self.tuner.arg_names, args, kwargs),
+            configs=tuple(configs),
+            grids=grids_of(grid, configs, lambda config: self._meta(named, config)),
+        )
+
+    def operator(self, isolated: bool) -> KernelOperator:
+        """The kernel's operator; one that can travel needs the kernel's place.
+
+        Raises:
+            KernelNotFoundError: it shall travel, and cannot be found by its place.
+        """
         if isolated not in self._operators:
             place = place_of(self.tuner, self.tuner.scope) if isolated else None
             self._operators[isolated] = KernelOperator(self.tuner, place)
@@ -135,7 +151,7 @@ class Tuning:
 
     def _stored(self, key: Mapping[str, Field], device: torch.device | None) -> Entry | None:
         """The entry of a key in the tuned tables, best source first."""
-        operator = self._operator(False)
+        operator = self.operator(False)
         facts = device_facts(device) if _lab is None else _lab.facts
         table = tables.tuned_table(facts)
         state = (tables.epoch(), table)
@@ -154,7 +170,7 @@ class Tuning:
         if device is not None:
             torch.cuda.synchronize(device)  # what the tensors hold is still being computed
         isolated = _lab is None and self._can_leave(problem)
-        operator = self._operator(isolated)
+        operator = self.operator(isolated)
         report = None
         with tempfile.TemporaryDirectory(prefix="tritonconv-") as scratch:
             store = Store() if persistent else Store(Path(scratch))
@@ -190,7 +206,7 @@ class Tuning:
         if not self.tuner.isolated:
             return False
         try:
-            self._operator(True)
+            self.operator(True)
             # Tensors travel as bytes, which always works.
             pickle.dumps((replace(problem.arguments, storages=()), problem.configs_to_send()))
             import_module(f"{__package__}.isolated")
@@ -200,7 +216,7 @@ class Tuning:
             reason = f"an argument cannot be sent to another process ({error})"
         else:
             return True
-        name = self._operator(False).name
+        name = self.operator(False).name
         _warn_once(
             name,
             f"{name} is measured in this process, which a bad config can "

@@ -115,10 +115,10 @@ def _describe(jitted: Any, parts: list[str], seen: set[types.FunctionType]) -> N
         if not isinstance(node, (ast.Name, ast.Attribute)):
             continue
         found = _lookup(node, scope, local)
-        if found is None or getattr(found, "__module__", "").startswith("triton."):
-            continue
         if hasattr(found, "fn") and not isinstance(found, type):
-            _describe(found, parts, seen)
+            # Triton's own device functions change with its version, which entries are keyed by.
+            if not python_function(found).__module__.startswith("triton."):
+                _describe(found, parts, seen)
         elif type(found).__name__ == "constexpr" or isinstance(found, (int, float, str, tuple)):
             parts.append(f"{ast.unparse(node)}={found!r}")
 

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 
 from tritonconv.runtime.accuracy import Accuracy, check
+from tritonconv.runtime.aot import compile_plan
 from tritonconv.runtime.device import DeviceFacts, device_facts
 from tritonconv.runtime.errors import TritonConvError
 from tritonconv.runtime.launch import Executable
@@ -440,6 +441,12 @@ class NumericCheck:
             expected[name] = (exact[name], plain[dtype][name])
         return expected
 
+    def prepare(self) -> None:
+        """Compute what is expected, which the first check does otherwise."""
+        if self.expected is None:
+            with _plain_mode():
+                self.expected = self._expect(self._tensors())
+
     def __call__(self, candidate: Candidate) -> Accuracy:
         """Run a candidate once and judge all its outputs; the worst verdict is returned.
 
@@ -481,6 +488,19 @@ class CudaLab:
     def facts(self) -> DeviceFacts:
         """The device whose tables are written."""
         return device_facts(self.device)
+
+    def compile(self, operator: Operator, problem: Problem, candidate: Candidate) -> None:
+        """Compile a candidate, if it is not compiled yet, and run nothing.
+
+        Raises:
+            CandidateError: it does not compile.
+        """
+        try:
+            plan = operator.algorithm(candidate.algorithm).plan(problem, candidate.config)
+            if plan is not None:
+                compile_plan(plan, self.facts.arch, resources=False)
+        except Exception as error:
+            raise CandidateError(classify(error)) from error
 
     def timer(self, operator: Operator, problem: Problem, policy: Policy, seed: int) -> Timer:
         """Start timing a problem."""

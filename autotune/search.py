@@ -176,15 +176,14 @@ class _Descent(_Batches):
         exhaust: bool,
     ) -> None:
         super().__init__(space, limit)
-        self._rng = rng
         self._exhaust = exhaust
-        self._by_model = model_order(space)
         self._shuffled = list(space.candidates)
         rng.shuffle(self._shuffled)
+        self._by_model = model_order(space) if space.predicted else self._shuffled
         self._seeds = [*space.heads, *nearest[:_NEAREST_SEEDS]]
         self._position = {key: index for index, key in enumerate(space.by_key)}
         self._times: dict[CandidateKey, float] = {}
-        self._around: set[CandidateKey] = set()
+        self._around: set[tuple[int, CandidateKey]] = set()
         self._before_restart: float | None = None
 
     def tell(self, outcomes: Sequence[tuple[Candidate, Outcome]]) -> None:
@@ -207,18 +206,22 @@ class _Descent(_Batches):
         return self._fresh(BATCH)
 
     def _neighbourhood(self) -> list[Candidate]:
-        """Untried neighbours of the best configs, of the very best first."""
+        """Untried neighbours of the best configs, of the very best first; then exchanges."""
         ranked = sorted(self._times, key=lambda key: (self._times[key], self._position[key]))
+        ranked = [key for key in ranked if self._times[key] <= _SLACK * self._times[ranked[0]]]
         batch: dict[CandidateKey, Candidate] = {}
-        for key in ranked:
-            if len(batch) >= BATCH or self._times[key] > _SLACK * self._times[ranked[0]]:
+        for kind, moves in enumerate((self.space.neighbours, self.space.exchanges)):
+            for key in ranked:
+                if len(batch) >= BATCH:
+                    break
+                if (kind, key) in self._around:
+                    continue
+                self._around.add((kind, key))
+                around = moves(self.space.by_key[key])
+                fresh = [c for c in around if c.as_key() not in self._asked]
+                batch |= {c.as_key(): c for c in sorted(fresh, key=self._expected)}
+            if batch:
                 break
-            if key in self._around:
-                continue
-            self._around.add(key)
-            around = self.space.neighbours(self.space.by_key[key])
-            fresh = [c for c in around if c.as_key() not in self._asked]
-            batch |= {c.as_key(): c for c in sorted(fresh, key=self._expected)}
         return list(batch.values())
 
     def _fresh(self, count: int) -> list[Candidate]:
@@ -300,7 +303,7 @@ def make_strategy(
     if name is StrategyName.DESCENT:
         return _Descent(space, limit, near, rng, exhaust=effort is Effort.FULL)
     rest = list(space.candidates)
-    if name is StrategyName.RANDOM:
+    if name is StrategyName.RANDOM or (name is StrategyName.MODEL and not space.predicted):
         rng.shuffle(rest)
     elif name is StrategyName.MODEL:
         rest = _with_exploration(model_order(space), rng)
