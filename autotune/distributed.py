@@ -1,7 +1,6 @@
-"""Tune on many GPUs: ranks of a torchrun job, or all GPUs of one host; and tell tables apart.
+"""Tune on the ranks of a torchrun job, and tell tables apart.
 
-Ranks exchange entries as JSON over gloo, so that all of them end with one table. The GPUs of one
-host take problems from one queue, each with a laboratory of its own.
+Ranks exchange entries as JSON over gloo, so that all of them end with one table.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -20,13 +20,14 @@ import torch.distributed as dist
 from tritonconv.runtime import tables
 from tritonconv.runtime.device import DeviceFacts, device_facts
 from tritonconv.runtime.errors import TritonConvError, bad_value
-from tritonconv.runtime.operators import Operator
+from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Entry, Environment, digest, environment
 
 from .answers import answers, differences, fingerprint, in_words, known_operators
-from .gpus import Pair, default_lab, gpus_of_this_host, tune_on_gpus
+from .laboratory import Setup, close_lab
 from .measure import Lab
+from .session import Compiler
 from .store import Store
 from .tune import (
     Options,
@@ -37,6 +38,8 @@ from .tune import (
     tune_pairs,
     unique_pairs,
 )
+
+Pair = tuple[Operator, Problem]
 
 _SHOWN = 10
 _PATIENCE_SECONDS = 24 * 3600.0
@@ -136,6 +139,7 @@ def tune_sharded(
     progress: Progress | None = None,
     store: Store | None = None,
     lab: Lab | None = None,
+    setup: Setup | None = None,
     patience_s: float = _PATIENCE_SECONDS,
 ) -> Sharded:
     """Tune every ``world``-th problem on this rank, and leave all ranks with the same table.
@@ -150,7 +154,8 @@ def tune_sharded(
         options: as for :func:`~tritonconv.autotune.tune.tune`.
         progress: told of this rank's steps.
         store: where entries go.
-        lab: where candidates run.
+        lab: where candidates run, instead of what ``setup`` makes; without compiling ahead.
+        setup: processes that compile and measure; the ranks of a host share its processors.
         patience_s: how long to wait for ranks that are still tuning.
 
     Raises:
@@ -162,8 +167,9 @@ def tune_sharded(
     plan = unique_pairs(pairs)
     operators = list({operator.name: operator for operator, _ in plan}.values())
     with Ranks(patience_s) as ranks:
-        lab = lab or default_lab(_local_device() if device is None else device)
-        env = environment(lab.facts)
+        facts = device_facts(_local_device() if device is None else device)
+        facts = facts if lab is None else lab.facts
+        env = environment(facts)
         _require_equal(
             ranks,
             {
@@ -172,9 +178,15 @@ def tune_sharded(
                 "sources": {op.name: op.source_hash() for op in operators},
             },
         )
-        reports, failure = _tune_share(
-            plan[ranks.rank :: ranks.world], budget_s, options, progress, store, lab
-        )
+        with ExitStack() as stack:
+            reports, failure = _tune_share(
+                plan[ranks.rank :: ranks.world],
+                lambda: (lab, None) if lab is not None else _equipment(stack, device, setup),
+                budget_s,
+                options,
+                progress,
+                store,
+            )
         tuned = [r.entry for r in reports if r.entry is not None and r.result is Result.TUNED]
         kept = [s.entry for op in operators for s in store.entries(env, op.name)]
         messages = ranks.gather(
@@ -187,11 +199,9 @@ def tune_sharded(
         table = _union(messages)
         _adopt(table, store, env, kept)
         tables.invalidate()
-        mark = digest([_winners(store, env, operators), fingerprint(operators, lab.facts)])
+        mark = digest([_winners(store, env, operators), fingerprint(operators, facts)])
         if len(set(ranks.gather(mark))) > 1:
-            known = ranks.gather(
-                {**_winners(store, env, operators), **answers(operators, lab.facts)}
-            )
+            known = ranks.gather({**_winners(store, env, operators), **answers(operators, facts)})
             raise TablesDifferError(differences(known) or ["in shared or packaged tables"])
     present = {(entry.operator, digest(dict(entry.problem))) for entry in table.values()}
     missing = tuple(
@@ -201,6 +211,19 @@ def tune_sharded(
     )
     lost = {rank: m["failure"] for rank, m in enumerate(messages) if m["failure"]}
     return Sharded(tuple(reports), mark, missing, lost)
+
+
+def _equipment(
+    stack: ExitStack, device: torch.device | int | None, setup: Setup | None
+) -> tuple[Lab, Compiler | None]:
+    """This rank's measuring process and its share of the host's compiling processes."""
+    setup = setup or Setup()
+    lab = setup.lab(_local_device() if device is None else device)
+    stack.callback(close_lab, lab)
+    pool = setup.pool(lab.facts, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if pool is not None:
+        stack.enter_context(pool)
+    return lab, pool
 
 
 def _local_device() -> int:
@@ -219,16 +242,23 @@ def _require_equal(ranks: Ranks, mine: Mapping[str, Any]) -> None:
 
 def _tune_share(
     share: Sequence[Pair],
+    equip: Callable[[], tuple[Lab, Compiler | None]],
     budget_s: float | None,
     options: Options | None,
     progress: Progress | None,
     store: Store,
-    lab: Lab,
 ) -> tuple[list[Report], str]:
     """This rank's reports, and why there are no more of them."""
     try:
+        lab, compiler = equip()
         reports = tune_pairs(
-            share, budget_s=budget_s, options=options, progress=progress, store=store, lab=lab
+            share,
+            budget_s=budget_s,
+            options=options,
+            progress=progress,
+            store=store,
+            lab=lab,
+            compiler=compiler,
         )
     except TuningStoppedError as error:
         return list(error.reports), str(error)
@@ -322,15 +352,3 @@ def _assert_same(ranks: Ranks, operators: Sequence[Operator], facts: DeviceFacts
         known = ranks.gather({**state, **answers(operators, facts)})
         raise TablesDifferError(differences(known) or ["in a packaged or related device's table"])
     return mark
-
-
-__all__ = [
-    "Ranks",
-    "Sharded",
-    "TablesDifferError",
-    "assert_same_tables",
-    "gpus_of_this_host",
-    "tune_on_gpus",
-    "tune_sharded",
-    "under_torchrun",
-]

@@ -27,7 +27,7 @@ class HostTime:
 
 
 @triton.jit
-def _nothing():
+def _nothing() -> None:
     pass
 
 

@@ -63,6 +63,14 @@ class CandidateError(TritonConvError):
         self.failure = failure
 
 
+class TurnError(CandidateError):
+    """A candidate failed while several were timed in turns; ``index`` is its position."""
+
+    def __init__(self, failure: Failure, index: int) -> None:
+        super().__init__(failure)
+        self.index = index
+
+
 class DeviceLostError(TritonConvError):
     """A candidate broke the GPU context of this process: nothing more can run in it."""
 
@@ -144,12 +152,19 @@ def first_round(timer: Timer, handle: Any, seconds: float = FIRST_ROUND_SECONDS)
 def take_turns(
     timer: Timer, handles: Sequence[Any], *, turns: int = TURNS, seconds: float = TURN_SECONDS
 ) -> list[Timing]:
-    """Time several candidates in turns, another one leading each turn."""
+    """Time several candidates in turns, another one leading each turn.
+
+    Raises:
+        TurnError: a candidate failed, which it may do only after many calls.
+    """
     samples: list[list[float]] = [[] for _ in handles]
     for turn in range(turns):
         for offset in range(len(handles)):
             index = (turn + offset) % len(handles)
-            samples[index] += timer.sample(handles[index], seconds)
+            try:
+                samples[index] += timer.sample(handles[index], seconds)
+            except CandidateError as error:
+                raise TurnError(error.failure, index) from error
     return [summarize(values) for values in samples]
 
 

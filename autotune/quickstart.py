@@ -27,13 +27,16 @@ from tritonconv.runtime.aot import Compiled, compile_plan
 from tritonconv.runtime.device import DeviceFacts, device_facts, nominal_device
 from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.settings import settings
+from tritonconv.runtime.tables import tuned_table
 
-from .harvest import Pair, harvest
+from .harvest import Pair, collect, harvest
 from .interpret import Interpreted, InterpreterError, interpret, own_kernel
+from .laboratory import laboratory
 from .roofline import floor_us
 from .search import Effort
-from .space import space
-from .tune import Options, Progress, Report, tune_pairs
+from .session import Compiler
+from .space import Candidate, space
+from .tune import Options, Progress, Report, tune_pairs, unique_pairs
 
 TASK = "tritonconv.models.vision.segmentation"
 NETWORK = "tritonconv.models.vision.attention_unet:build"
@@ -226,10 +229,18 @@ class _Run:
             f"{len(pairs)} that cost most, the others run the default"
         )
         options = Options(effort=Effort.QUICK, seed=self.plan.seed)
-        with self.reporter.tuning() as progress:
-            reports = tune_pairs(
-                pairs, self.device, budget_s=budget, options=options, progress=progress
-            )
+        with laboratory(self.device) as (lab, compiler):
+            with self.reporter.tuning() as progress:
+                reports = tune_pairs(
+                    pairs,
+                    budget_s=budget,
+                    options=options,
+                    progress=progress,
+                    lab=lab,
+                    compiler=compiler,
+                )
+            if compiler is not None:
+                self._compile_ahead(compiler, unique_pairs([*met, *self._scoring(data)]), facts)
         self.reporter.table(
             ("problem", "default µs>", "tuned µs>", "speedup>", "kernel"),
             [_tuned_row(report) for report in reports],
@@ -242,6 +253,24 @@ class _Run:
                 for report in reports
             },
         }
+
+    def _scoring(self, data: Any) -> list[Pair]:
+        """Problems of scoring the held-out images."""
+        network = self._network(data)
+        return collect(lambda: self.task.evaluate(network, data, device=self.device))
+
+    def _compile_ahead(self, compiler: Compiler, pairs: Sequence[Pair], facts: DeviceFacts) -> None:
+        """Compile in parallel what training will launch; one by one it would take a minute."""
+        chosen = []
+        for operator, problem in pairs:
+            choice = tuned_table(facts).lookup(operator, problem)
+            candidate = Candidate(choice.algorithm, choice.config)
+            chosen.append((operator, problem, [candidate]))
+            compiler.submit(*chosen[-1])
+        with self.reporter.bar("compiling") as move:
+            for index, row in enumerate(chosen):
+                for _ in compiler.results(*row):
+                    move((index + 1) / len(chosen), f"{index + 1} of {len(chosen)} problems")
 
     def _compile(self, data: Any) -> None:
         facts = nominal_device(self.plan.target)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tritonconv.runtime.device import DeviceFacts
-from tritonconv.runtime.operators import Problem
+from tritonconv.runtime.operators import Field, Problem
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,20 @@ def ceilings(device: DeviceFacts) -> Ceilings | None:
     return next((row for part, row in _CEILINGS if part in device.name), None)
 
 
-def floor_us(problem: Problem, device: DeviceFacts) -> float | None:
-    """The larger of compulsory traffic over bandwidth and arithmetic over rate, microseconds.
+def arithmetic_of(fields: Mapping[str, Field]) -> str:
+    """Which of the rates a problem's arithmetic has, by its ``dtype`` and ``precision`` fields."""
+    arithmetic = str(fields.get("dtype", "float32"))
+    if arithmetic == "float32" and fields.get("precision") == "tf32":
+        return "tf32"
+    return arithmetic
 
-    A problem names its arithmetic by its ``dtype`` and ``precision`` fields.
-    """
+
+def floor_us(problem: Problem, device: DeviceFacts) -> float | None:
+    """The larger of compulsory traffic over bandwidth and arithmetic over rate, microseconds."""
     table = ceilings(device)
     if table is None:
         return None
-    fields = problem.fields()
-    arithmetic = str(fields.get("dtype", "float32"))
-    if arithmetic == "float32" and fields.get("precision") == "tf32":
-        arithmetic = "tf32"
-    rate = table.rates.get(arithmetic)
+    rate = table.rates.get(arithmetic_of(problem.fields()))
     if rate is None:
         return None
     return max(problem.bytes_moved() / table.bandwidth, problem.flops() / rate) * 1e6

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 from tritonconv.runtime.device import DeviceFacts
 from tritonconv.runtime.operators import Algorithm, Config, Operator, Problem
+from tritonconv.runtime.space import ConfigSpace
+from tritonconv.runtime.tables import digest
+
+from .hardware import Model, limits
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,15 @@ def describe(algorithm: str, config: Mapping[str, int]) -> str:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """A candidate that cannot run on the device, and why."""
+
+    candidate: Candidate
+    constraint: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Space:
     """All candidates of a problem in their fixed order, the untuned default first.
 
@@ -45,20 +60,59 @@ class Space:
         candidates: without repeats; ties are broken in this order.
         heads: the first config of every algorithm, the default included.
         unsupported: algorithms that do not serve the problem, and why.
+        dropped: candidates that break a hard limit of the device; the default never is.
+        predicted: microseconds that the hardware model expects, where an algorithm gives it a
+            footprint.
+        configs: the config space of every algorithm, by name.
     """
 
     candidates: tuple[Candidate, ...]
     heads: tuple[Candidate, ...]
     unsupported: Mapping[str, str]
+    dropped: tuple[Dropped, ...] = ()
+    predicted: Mapping[CandidateKey, float] = field(default_factory=dict)
+    configs: Mapping[str, ConfigSpace[Any]] = field(default_factory=dict)
 
     @property
     def default(self) -> Candidate:
         """What an untuned call runs."""
         return self.candidates[0]
 
+    @cached_property
+    def by_key(self) -> Mapping[CandidateKey, Candidate]:
+        """The candidates by their identity."""
+        return {candidate.as_key(): candidate for candidate in self.candidates}
+
+    @cached_property
+    def hash(self) -> str:
+        """Equal for spaces of the same candidates in the same order."""
+        return digest([[name, list(config)] for name, config in self.by_key])
+
+    def neighbours(self, candidate: Candidate) -> tuple[Candidate, ...]:
+        """Candidates of the same algorithm that are one step away (see ``ConfigSpace``)."""
+        configs = self.configs.get(candidate.algorithm)
+        if configs is None:
+            return ()
+        moved = (Candidate(candidate.algorithm, c) for c in configs.neighbours(candidate.config))
+        return tuple(found for found in moved if found.as_key() in self.by_key)
+
+    def reasons(self) -> Mapping[tuple[str, str], int]:
+        """How many candidates were dropped, by algorithm and constraint."""
+        counts: dict[tuple[str, str], int] = {}
+        for row in self.dropped:
+            key = (row.candidate.algorithm, row.constraint)
+            counts[key] = counts.get(key, 0) + 1
+        return counts
+
+    def restricted(self, keys: Collection[CandidateKey]) -> Space:
+        """The part of the space that ``keys`` name, which must hold the default."""
+        kept = tuple(c for key, c in self.by_key.items() if key in keys)
+        heads = tuple(candidate for candidate in self.heads if candidate.as_key() in keys)
+        return replace(self, candidates=kept, heads=heads)
+
 
 def space(operator: Operator, problem: Problem, device: DeviceFacts) -> Space:
-    """List the candidates of a problem on a device."""
+    """List the candidates of a problem on a device, without those that cannot run on it."""
     first = operator.default_algorithm(problem, device)
     unsupported: dict[str, str] = {}
     ordered: list[Algorithm] = [first]
@@ -68,11 +122,24 @@ def space(operator: Operator, problem: Problem, device: DeviceFacts) -> Space:
             unsupported[algorithm.name] = reason
         elif algorithm.name != first.name:
             ordered.append(algorithm)
-    candidates: dict[CandidateKey, Candidate] = {}
+    model = Model.of(device, problem.fields(), problem.bytes_moved())
+    candidates: list[Candidate] = []
     heads: list[Candidate] = []
+    dropped: list[Dropped] = []
+    predicted: dict[CandidateKey, float] = {}
+    configs: dict[str, ConfigSpace[Any]] = {}
     for algorithm in ordered:
-        listed = [Candidate(algorithm.name, c) for c in algorithm.configs(problem, device)]
-        heads += listed[:1]
-        for candidate in listed:
-            candidates.setdefault(candidate.as_key(), candidate)
-    return Space(tuple(candidates.values()), tuple(heads), unsupported)
+        configs[algorithm.name] = algorithm.space(problem, device)
+        before = len(candidates)
+        for config in configs[algorithm.name]:
+            candidate = Candidate(algorithm.name, config)
+            footprint = algorithm.footprint(problem, config, device)
+            if footprint is not None:
+                broken = limits(footprint, device)
+                if broken and candidates:  # the default is tried whatever the model says
+                    dropped.append(Dropped(candidate, broken[0].constraint, broken[0].reason))
+                    continue
+                predicted[candidate.as_key()] = model.predicted_us(footprint)
+            candidates.append(candidate)
+        heads += candidates[before : before + 1]
+    return Space(tuple(candidates), tuple(heads), unsupported, tuple(dropped), predicted, configs)

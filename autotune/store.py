@@ -7,35 +7,22 @@ dies, so that two processes that tune the same problem keep each other's timings
 
 from __future__ import annotations
 
-import contextlib
+import datetime
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from tritonconv.runtime.entries import SCHEMA_VERSION, Entry, Trial, entry_key, problem_key
+from tritonconv.runtime.environment import Environment
+from tritonconv.runtime.files import locked, make_private, replace_text
 from tritonconv.runtime.operators import Field
-from tritonconv.runtime.tables import (
-    SCHEMA_VERSION,
-    Entry,
-    Environment,
-    Trial,
-    entry_path,
-    problem_key,
-    read_entry,
-    user_directory,
-)
+from tritonconv.runtime.sources import ENVIRONMENT_FILE, entry_path, read_located
+from tritonconv.runtime.tables import user_directory
 
 from .choose import choose
 from .search import Status
 from .space import CandidateKey, candidate_key
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: replacing stays atomic, merging is not serialised
-    fcntl = None  # type: ignore[assignment]
 
 
 def trial_key(trial: Trial) -> CandidateKey:
@@ -61,9 +48,9 @@ def elect(entry: Entry) -> Entry | None:
 def merge(new: Entry, old: Entry | None) -> Entry:
     """Add to ``new`` the trials that only ``old`` has, and choose again.
 
-    Timings taken under another policy, and entries of another problem or source, are not merged.
+    Entries of another problem, source, policy or space are not merged.
     """
-    if old is None or old.key() != new.key() or old.policy != new.policy:
+    if old is None or old.key() != new.key():
         return new
     known = {trial_key(trial) for trial in new.trials}
     extra = tuple(trial for trial in old.trials if trial_key(trial) not in known)
@@ -95,11 +82,41 @@ class Store:
         operator: str,
         problem: Mapping[str, Field],
         source_hash: str,
+        policy: str,
+        space_hash: str = "",
     ) -> Entry | None:
-        """The entry of a problem; None when there is none or it cannot be read."""
-        return read_entry(
-            self.path(environment, operator, problem_key(operator, problem, source_hash))
-        )
+        """The entry of a problem, or the newest of another space, whose trials are as good.
+
+        Args:
+            environment: where the timings were taken.
+            operator, problem, source_hash, policy: what must be equal.
+            space_hash: of the space that is to be searched.
+
+        Returns:
+            None when there is none or it cannot be read. ``space_hash`` of the entry tells whether
+            it is of the very same space.
+        """
+        key = entry_key(operator, problem, source_hash, policy, space_hash)
+        entry = read_located(self.path(environment, operator, key))
+        if entry is not None:
+            return entry
+        found = self.siblings(environment, operator, problem, source_hash, policy)
+        return found[0].entry if found else None
+
+    def siblings(
+        self,
+        environment: Environment,
+        operator: str,
+        problem: Mapping[str, Field],
+        source_hash: str,
+        policy: str,
+    ) -> list[Stored]:
+        """Entries of a problem under a policy, of whatever space, the newest first."""
+        folder = self.path(environment, operator, "-").parent
+        key = problem_key(operator, problem, source_hash)
+        read = ((path, read_located(path)) for path in folder.glob(f"{key}-*.json"))
+        found = [Stored(e, path) for path, e in read if e is not None and e.policy == policy]
+        return sorted(found, key=lambda stored: stored.entry.age(), reverse=True)
 
     def save(self, environment: Environment, entry: Entry, *, replace_old: bool = False) -> Stored:
         """Write an entry, keeping the timings of candidates that only the old one has.
@@ -109,14 +126,45 @@ class Store:
             entry: a complete entry.
             replace_old: drop the old entry instead of merging with it.
         """
-        path = self.path(environment, entry.operator, entry.key())
-        folder = path.parent
-        _make_private(folder)
-        self._describe(environment, folder.parent)
-        with _lock(folder / ".lock"):
-            merged = entry if replace_old else merge(entry, read_entry(path))
-            _write_json(path, merged.to_json())
+        path = self._prepare(environment, entry)
+        with locked(path.parent):
+            merged = entry if replace_old else merge(entry, read_located(path))
+            self._write(path, merged)
         return Stored(merged, path)
+
+    def adopt(self, environment: Environment, entry: Entry) -> Stored | None:
+        """Write an entry that was measured elsewhere, unless the present one is as fast.
+
+        Returns:
+            None when the present entry of the same problem and policy stays.
+        """
+        path = self._prepare(environment, entry)
+        with locked(path.parent):
+            identity = (entry.operator, entry.problem, entry.source_hash, entry.policy)
+            present = self.siblings(environment, *identity)
+            if present and best_us(present[0].entry) <= best_us(entry):
+                return None
+            if present:  # it must become the newest, which is the one that lookups take
+                now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+                created = max(now, str(present[0].entry.recorded.get("created", "")))
+                entry = replace(entry, recorded={**entry.recorded, "created": created})
+            merged = merge(entry, read_located(path))
+            self._write(path, merged)
+        return Stored(merged, path)
+
+    def _prepare(self, environment: Environment, entry: Entry) -> Path:
+        """Make the folder of an entry and describe its environment there."""
+        path = self.path(environment, entry.operator, entry.key())
+        make_private(path.parent)
+        described = path.parent.parent / ENVIRONMENT_FILE
+        if not described.exists():
+            value = {"schema_version": SCHEMA_VERSION, **environment.as_dict()}
+            replace_text(described, json.dumps(value, indent=1) + "\n")
+        return path
+
+    @staticmethod
+    def _write(path: Path, entry: Entry) -> None:
+        replace_text(path, json.dumps(entry.to_json(), indent=1) + "\n")
 
     def entries(
         self, environment: Environment | None = None, operator: str | None = None
@@ -125,53 +173,11 @@ class Store:
         env = "*" if environment is None else environment.hash
         pattern = f"v{SCHEMA_VERSION}/{env}/{operator or '*'}/*.json"
         for path in sorted(self.root.glob(pattern)):
-            entry = read_entry(path)
+            entry = read_located(path)
             if entry is not None:
                 yield Stored(entry, path)
 
-    def _describe(self, environment: Environment, folder: Path) -> None:
-        path = folder / "environment.json"
-        if not path.exists():
-            _write_json(path, {"schema_version": SCHEMA_VERSION, **environment.as_dict()})
 
-
-def _make_private(folder: Path) -> None:
-    """Create a directory and its parents, readable by the user only."""
-    missing = []
-    step = folder
-    while not step.exists():
-        missing.append(step)
-        step = step.parent
-    for path in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            path.mkdir(mode=0o700)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        # A file system without locks still gets atomic replacement.
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+def best_us(entry: Entry) -> float:
+    """Median of an entry's winner, microseconds; infinite when it has no timing."""
+    return float("inf") if entry.best.timing is None else entry.best.timing.p50

@@ -91,8 +91,9 @@ def test_arrows(module: str) -> None:
     assert others <= allowed(mine), f"{module} imports {sorted(others - allowed(mine))}"
 
 
-def test_no_circles_at_import() -> None:
-    graph = {module: imports(module, at_import=True) for module in MODULES}
+@pytest.mark.parametrize("at_import", [True, False], ids=["at import", "in functions too"])
+def test_no_circles(at_import: bool) -> None:
+    graph = {module: imports(module, at_import=at_import) for module in MODULES}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:

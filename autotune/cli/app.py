@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from enum import IntEnum
 from typing import Any
 
 import typer
@@ -13,18 +12,23 @@ from typer.core import TyperGroup
 from tritonconv.runtime.errors import ArgumentValueError, TritonConvError
 
 from ..measure import NoDeviceError
-from . import bench, devices, list_, quickstart, show, tune
-
-
-class ExitCode(IntEnum):
-    """Exit codes of every verb."""
-
-    DONE = 0
-    UNEXPECTED = 1
-    USAGE = 2
-    NOTHING_PASSED = 3
-    NO_DEVICE = 6
-    INTERRUPTED = 130
+from . import (
+    bench,
+    clean,
+    compare,
+    devices,
+    explain,
+    export,
+    import_,
+    list_,
+    merge,
+    plot,
+    quickstart,
+    show,
+    tune,
+    verify,
+)
+from .common import ExitCode
 
 
 class _Group(TyperGroup):
@@ -79,5 +83,13 @@ app.command("devices")(devices.devices)
 app.command("list")(list_.list_)
 app.command("tune")(tune.tune)
 app.command("show")(show.show)
+app.command("explain")(explain.explain)
 app.command("bench")(bench.bench)
+app.command("compare")(compare.compare)
+app.command("verify")(verify.verify)
+app.command("export")(export.export)
+app.command("import")(import_.import_)
+app.command("merge")(merge.merge)
+app.command("clean")(clean.clean)
+app.command("plot")(plot.plot)
 app.command("quickstart")(quickstart.quickstart)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,21 @@ from ..suites import Suite, load_shapes
 
 SCHEMA_VERSION = 1
 NO_GPU = "no CUDA GPU was found"
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every verb."""
+
+    DONE = 0
+    UNEXPECTED = 1
+    USAGE = 2
+    NOTHING_PASSED = 3
+    NUMERIC = 4
+    REGRESSION = 5
+    NO_DEVICE = 6
+    PARTIAL = 7
+    INTERRUPTED = 130
+
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 CacheDirOption = Annotated[
@@ -55,6 +71,9 @@ DtypeOption = Annotated[
 LayoutOption = Annotated[
     list[str] | None,
     typer.Option("--layout", help="channels_last or contiguous; repeat for several."),
+]
+OpOption = Annotated[
+    str | None, typer.Option("--op", help="Only this operator or family, such as conv2d.")
 ]
 TargetOption = Annotated[
     str, typer.Option("--target", help=f"GPU to stand in when there is none: {', '.join(TARGETS)}.")
@@ -176,3 +195,8 @@ def number(value: float | None, digits: int = 2, unit: str = "") -> str:
 def problem_json(operator: str, problem: Problem) -> dict[str, Any]:
     """A problem in JSON output."""
     return {"operator": operator, "problem": dict(problem.fields()), "text": str(problem)}
+
+
+def fields_text(fields: Mapping[str, Any]) -> str:
+    """Fields of a stored problem in one line."""
+    return " ".join(f"{name}={value}" for name, value in fields.items())

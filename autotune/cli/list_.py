@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from tritonconv.runtime.operators import get_operator, operator_names
 
+from ..harvest import model_names
 from ..store import Store
 from ..suites import load_suite, suite_names
 from .common import (
@@ -26,14 +28,23 @@ from .common import (
 def list_(
     op: Annotated[str | None, typer.Option("--op", help="Only this operator or family.")] = None,
     cached: Annotated[bool, typer.Option("--cached", help="Only stored entries.")] = False,
+    models: Annotated[bool, typer.Option("--models", help="Only names for --model.")] = False,
     json_: JsonOption = False,
     cache_dir: CacheDirOption = None,
     quiet: QuietOption = False,
     verbose: VerboseOption = 0,
     no_color: NoColorOption = False,
 ) -> None:
-    """List operators with their algorithms, suites of problems, and tuned entries."""
+    """List operators with their algorithms, suites of problems, models, and tuned entries."""
     out = setup(as_json=json_, cache_dir=cache_dir, quiet=quiet, verbose=verbose, no_color=no_color)
+    known = table("model", "built by", "registered by")
+    for model in model_names():
+        known.add_row(model.name, model.target, model.package)
+    model_rows = [asdict(model) for model in model_names()]
+    if models:
+        out.result({"models": model_rows}, known)
+        out.say("any other: module:callable, or timm:NAME where timm is installed")
+        return
     names = expand_operators([op]) if op else operator_names()
     operators = [
         {"name": name, "algorithms": [a.name for a in get_operator(name).algorithms]}
@@ -70,7 +81,12 @@ def list_(
     payload: dict[str, object] = {"entries": entries}
     rendered = []
     if not cached:
-        payload = {"operators": operators, "suites": suites, **payload}
+        payload = {
+            "operators": operators,
+            "suites": suites,
+            "models": model_rows,
+            **payload,
+        }
         shown = table("operator", "algorithms, in the order in which ties are broken")
         for name in names:
             shown.add_row(name, ", ".join(a.name for a in get_operator(name).algorithms))
@@ -79,7 +95,7 @@ def list_(
             listed.add_row(
                 suite.name, str(len(suite.problems)), suite.description, ", ".join(suite.operators)
             )
-        rendered += [shown, listed]
+        rendered += [shown, listed, known]
     kept = table("operator", "device", "problem", "best", "µs>", "source")
     for row, item in zip(entries, stored, strict=True):
         entry = item.entry

@@ -7,13 +7,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from tritonconv.runtime.operators import Field, get_operator
-from tritonconv.runtime.tables import Entry, Tier, Trial, TunedTable, environment, tuned_table
+from tritonconv.runtime.operators import get_operator
+from tritonconv.runtime.tables import Entry, Tier, Trial, environment, tuned_table
 
 from ..roofline import floor_us
 from ..search import Status
 from ..space import describe
-from ..store import Store
 from ..suites import parse_shape
 from .common import (
     CacheDirOption,
@@ -51,14 +50,15 @@ def show(
     facts, real = facts_or_nominal(target)
     choice = tuned_table(facts).lookup(op, problem)
     served = tuned_table(facts)
-    entry = _entry(served, op.name, dict(problem.fields()), op.source_hash())
+    located = next(served.exact(op, problem), None)
+    entry = None if located is None else located.entry
     floor = floor_us(problem, facts)
     if not real:
         out.say(f"no GPU: as it would be on {facts.name} with the versions installed here")
     head = Table.grid(padding=(0, 2))
     head.add_row("problem", str(problem))
     head.add_row("runs", describe(choice.algorithm, choice.config.as_dict()))
-    head.add_row("because", _TIERS[choice.tier] + (f" ({choice.source})" if choice.source else ""))
+    head.add_row("because", TIERS[choice.tier] + (f" ({choice.source})" if choice.source else ""))
     head.add_row("floor", number(floor, 2, " µs"))
     payload = {
         **problem_json(op.name, problem),
@@ -72,9 +72,7 @@ def show(
         },
         "floor_us": floor,
         "entry": None if entry is None else entry.to_json(),
-        "path": None
-        if entry is None
-        else str(Store().path(environment(facts), op.name, entry.key())),
+        "path": None if located is None else str(located.path),
     }
     if entry is None:
         out.result(payload, head)
@@ -86,21 +84,13 @@ def show(
         out.result(payload, head, _trials(out, entry, all_configs))
 
 
-_TIERS = {
+TIERS = {
     Tier.EXACT: "this very problem is tuned",
     Tier.BUCKET: "a problem of the same size class is tuned",
     Tier.NEAREST: "the nearest tuned problem",
+    Tier.FAMILY: "a problem like it is tuned for the same architecture, elsewhere",
     Tier.DEFAULT: "nothing like it is tuned: the default",
 }
-
-
-def _entry(
-    tuned: TunedTable, operator: str, problem: dict[str, Field], source: str
-) -> Entry | None:
-    entries = tuned.entries(operator)
-    return next(
-        (e for e, _, _ in entries if dict(e.problem) == problem and e.source_hash == source), None
-    )
 
 
 def _trials(out: Output, entry: Entry, everything: bool) -> Table:

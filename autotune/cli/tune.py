@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
-from tritonconv.runtime.device import DeviceFacts
+from tritonconv.runtime import missed as missed_problems
+from tritonconv.runtime.device import DeviceFacts, device_facts
+from tritonconv.runtime.environment import environment
 from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.operators import Operator, Problem
 
-from ..harvest import build_model, harvest
-from ..measure import CudaLab, Policy
-from ..search import Effort, schedule
-from ..space import space
-from ..store import Store
+from ..compiling import COMPILE_SECONDS
+from ..crew import tune_on_gpus
+from ..distributed import tune_sharded, under_torchrun
+from ..harvest import harvest_named
+from ..isolated import RUN_SECONDS
+from ..laboratory import Setup, laboratory, parse_gpus
+from ..measure import NoDeviceError, Policy
+from ..report import Progress, TuningInterrupted, TuningStoppedError
+from ..search import Effort, StrategyName
 from ..suites import parse_shape
-from ..tune import (
-    Check,
-    Options,
-    Report,
-    Result,
-    TuningInterrupted,
-    TuningStoppedError,
-    tune_pairs,
-    unique_pairs,
-)
+from ..tune import Check, Options, Report, Result, tune_pairs, unique_pairs
 from .common import (
     CacheDirOption,
     DtypeOption,
+    ExitCode,
     JsonOption,
     LayoutOption,
     NoColorOption,
@@ -44,20 +42,13 @@ from .common import (
     VerboseOption,
     expand_operators,
     facts_or_nominal,
-    number,
     pairs_of,
-    problem_json,
     setup,
-    table,
 )
 from .progress import progress_on
+from .reports import show_dry_run, show_reports
 
 Pair = tuple[Operator, Problem]
-_MODEL_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 def tune(
@@ -65,8 +56,16 @@ def tune(
     shapes: ShapesOption = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="module:callable whose model's problems are tuned."),
+        typer.Option(
+            "--model",
+            help="Model whose problems are tuned: a name of `autotune list --models`, "
+            "module:callable, or timm:NAME.",
+        ),
     ] = None,
+    missed: Annotated[
+        bool,
+        typer.Option("--missed", help="Tune what your own programs ran untuned on this GPU."),
+    ] = False,
     model_args: Annotated[
         str | None, typer.Option("--model-args", help='Its arguments: "num_classes=3".')
     ] = None,
@@ -75,8 +74,9 @@ def tune(
         str, typer.Option("--size", help="Height and width of the model's input: 224 or 160x192.")
     ] = "224",
     channels: Annotated[
-        int, typer.Option("--channels", min=1, help="Channels of the model's input.")
-    ] = 3,
+        int | None,
+        typer.Option("--channels", min=1, help="Channels of its input; what it takes by default."),
+    ] = None,
     dtype: DtypeOption = None,
     layout: LayoutOption = None,
     effort: Annotated[
@@ -88,6 +88,9 @@ def tune(
     max_configs: Annotated[
         int | None, typer.Option("--max-configs", min=1, help="Most candidates per problem.")
     ] = None,
+    strategy: Annotated[
+        StrategyName, typer.Option("--strategy", help="How a large space is searched.")
+    ] = StrategyName.AUTO,
     policy: Annotated[
         Policy, typer.Option("--policy", help="How candidates are timed.")
     ] = Policy.GRAPH_COLD,
@@ -96,6 +99,27 @@ def tune(
     ] = Check.FINALISTS,
     seed: Annotated[int, typer.Option("--seed", help="Of the search order and the tensors.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Time again what is stored.")] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option("--gpus", help="Tune on several GPUs of this host: all, or 0,1."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", min=0, help="Compiling processes; 0 compiles where candidates run."),
+    ] = None,
+    in_process: Annotated[
+        bool,
+        typer.Option("--in-process", help="Run candidates in this process: no protection."),
+    ] = False,
+    compile_timeout: Annotated[
+        float, typer.Option("--compile-timeout", min=1, help="Seconds to compile a candidate.")
+    ] = COMPILE_SECONDS,
+    run_timeout: Annotated[
+        float, typer.Option("--run-timeout", min=0.1, help="Seconds to run a candidate.")
+    ] = RUN_SECONDS,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 7 when the budget ended a search early.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the spaces; measure nothing, need no GPU.")
     ] = False,
@@ -112,40 +136,92 @@ def tune(
     """
     out = setup(as_json=json_, cache_dir=cache_dir, quiet=quiet, verbose=verbose, no_color=no_color)
     seconds = None if budget is None else parse_duration(budget)
-    options = Options(effort, max_configs, policy, check, seed, force)
-    if (shapes is None) == (model is None):
-        raise bad_value("tune", "either --shapes or --model", "both" if shapes else "neither")
-    lab = None if dry_run else CudaLab()  # before anything else: without a GPU there is no point
+    options = Options(effort, strategy, max_configs, policy, check, seed, force)
+    named = [name for name, given in _sources(shapes, model, missed) if given]
+    if len(named) != 1:
+        raise bad_value("tune", "one of --shapes, --model, --missed", ", ".join(named) or "none")
+    if not dry_run and not torch.cuda.is_available():
+        raise NoDeviceError("measuring needs a CUDA GPU, and PyTorch sees none")
     if shapes is not None:
         pairs = pairs_of(operators, shapes, dtypes=dtype, layouts=layout)
-    else:
-        assert model is not None
+    elif model is not None:
         pairs = _model_pairs(
-            model, model_args, operators, (batch, channels, *parse_size(size)), dtype, layout
+            model, model_args, operators, batch, parse_size(size), channels, dtype, layout
         )
+    else:
+        pairs = _missed_pairs(operators, facts_or_nominal(target)[0])
     pairs = unique_pairs(pairs)
     if dry_run:
-        facts, _ = facts_or_nominal(target)
-        _dry_run(out, pairs, facts, options)
+        show_dry_run(out, pairs, facts_or_nominal(target)[0], options)
         return
-
+    setting = Setup(jobs, not in_process, compile_timeout, run_timeout)
+    devices = None if gpus is None else parse_gpus(gpus)
     reports: Sequence[Report] = ()
     stopped: BaseException | None = None
+    began = time.monotonic()
     try:
         with progress_on(out.err, out.verbosity) as progress:
-            reports = tune_pairs(
-                pairs, budget_s=seconds, options=options, progress=progress, lab=lab
-            )
+            reports = _run(pairs, seconds, options, setting, devices, progress, out)
     except (TuningInterrupted, TuningStoppedError) as error:
         reports, stopped = error.reports, error
-    _results(out, reports, stopped, len(pairs))
+    show_reports(out, reports, stopped, len(pairs), time.monotonic() - began)
     if isinstance(stopped, TuningInterrupted):
-        raise typer.Exit(130)
+        raise typer.Exit(ExitCode.INTERRUPTED)
     if stopped is not None:
         out.say(f"error: {stopped}")
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.UNEXPECTED)
     if any(report.result is Result.FAILED for report in reports):
-        raise typer.Exit(3)
+        raise typer.Exit(ExitCode.NOTHING_PASSED)
+    if strict and any(not report.complete for report in reports):
+        raise typer.Exit(ExitCode.PARTIAL)
+    if missed:
+        missed_problems.clear(environment(device_facts()))
+
+
+def _sources(shapes: str | None, model: str | None, missed: bool) -> tuple[tuple[str, bool], ...]:
+    return ("--shapes", shapes is not None), ("--model", model is not None), ("--missed", missed)
+
+
+def _run(
+    pairs: Sequence[Pair],
+    seconds: float | None,
+    options: Options,
+    setting: Setup,
+    devices: Sequence[int] | None,
+    progress: Progress,
+    out: Output,
+) -> Sequence[Report]:
+    """Tune on this GPU, on several of this host, or as one rank of a torchrun job."""
+    if under_torchrun():
+        sharded = tune_sharded(
+            pairs, budget_s=seconds, options=options, progress=progress, setup=setting
+        )
+        for rank, reason in sharded.lost.items():
+            out.say(f"rank {rank} did not finish: {reason}")
+        out.say(f"one table on all ranks: {sharded.fingerprint}")
+        return sharded.reports
+    if devices is not None:
+        return tune_on_gpus(
+            pairs, devices, budget_s=seconds, options=options, progress=progress, setup=setting
+        )
+    with laboratory(setup=setting) as (lab, compiler):
+        return tune_pairs(
+            pairs,
+            budget_s=seconds,
+            options=options,
+            progress=progress,
+            lab=lab,
+            compiler=compiler,
+        )
+
+
+def _missed_pairs(operators: Sequence[str] | None, facts: DeviceFacts) -> list[Pair]:
+    """What programs ran untuned on this GPU."""
+    wanted = expand_operators(operators)
+    pairs = missed_problems.load(environment(facts))
+    if not pairs:
+        raise bad_value("--missed", "problems that a program ran untuned on this GPU", "none")
+    return [pair for pair in pairs if not wanted or pair[0].name in wanted]
 
 
 def parse_duration(text: str) -> float:
@@ -181,137 +257,22 @@ def _model_pairs(
     name: str,
     arguments: str | None,
     operators: Sequence[str] | None,
-    shape: tuple[int, ...],
+    batch: int,
+    size: tuple[int, int],
+    channels: int | None,
     dtypes: Sequence[str] | None,
     layouts: Sequence[str] | None,
 ) -> list[Pair]:
     """Problems of one training step of a model, on the GPU where there is one."""
     wanted = expand_operators(operators)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = build_model(name, parse_shape(arguments) if arguments else None).to(device).train()
-    pairs: list[Pair] = []
-    for layout in layouts or ("channels_last",):
-        if layout not in ("channels_last", "contiguous"):
-            raise bad_value("layout", "channels_last | contiguous", repr(layout))
-        last = layout == "channels_last"
-        memory = torch.channels_last if last else torch.contiguous_format
-        network.to(memory_format=memory)  # type: ignore[call-overload]
-        inputs = torch.randn(shape, device=device).contiguous(memory_format=memory)
-        for dtype in dtypes or ("bfloat16",):
-            if dtype not in _MODEL_DTYPES:
-                raise bad_value("dtype", " | ".join(_MODEL_DTYPES), repr(dtype))
-            amp = None if dtype == "float32" else _MODEL_DTYPES[dtype]
-            pairs += harvest(network, inputs, amp=amp)
-    if not pairs:
-        raise bad_value("model", f"calls of tritonconv's operators in {name}", "none")
-    return [pair for pair in pairs if not wanted or pair[0].name in wanted]
-
-
-def _dry_run(out: Output, pairs: Sequence[Pair], facts: DeviceFacts, options: Options) -> None:
-    rows: list[dict[str, Any]] = []
-    shown = table("problem", "space>", "planned>", "by algorithm")
-    unserved: dict[tuple[str, str], int] = {}
-    for operator, problem in pairs:
-        found = space(operator, problem, facts)
-        planned = schedule(
-            found, options.effort, max_configs=options.max_configs, seed=options.seed
-        )
-        counts: dict[str, int] = {}
-        for candidate in found.candidates:
-            counts[candidate.algorithm] = counts.get(candidate.algorithm, 0) + 1
-        rows.append(
-            {
-                **problem_json(operator.name, problem),
-                "space": len(found.candidates),
-                "planned": len(planned),
-                "by_algorithm": counts,
-                "unsupported": dict(found.unsupported),
-                "default": str(found.default),
-            }
-        )
-        shown.add_row(
-            str(problem),
-            str(len(found.candidates)),
-            str(len(planned)),
-            ", ".join(f"{name} {count}" for name, count in counts.items()),
-        )
-        for row in found.unsupported.items():
-            unserved[row] = unserved.get(row, 0) + 1
-    left_out = table("left out", "problems>", "because")
-    for (name, reason), count in sorted(unserved.items()):
-        left_out.add_row(name, str(count), reason)
-    tables = [shown, left_out] if unserved else [shown]
-    out.result({"device": facts.as_dict(), "dry_run": True, "problems": rows}, *tables)
-
-
-def _results(
-    out: Output, reports: Sequence[Report], stopped: BaseException | None, asked: int
-) -> None:
-    shown = table(
-        "problem",
-        "default µs>",
-        "best µs>",
-        "speedup>",
-        "tied>",
-        "tried/space>",
-        "failed",
-        "best",
-        "result",
+    pairs = harvest_named(
+        name,
+        parse_shape(arguments) if arguments else None,
+        batch=batch,
+        size=size,
+        channels=channels,
+        dtypes=dtypes or ("bfloat16",),
+        layouts=layouts or ("channels_last",),
+        device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    for report in reports:
-        entry = report.entry
-        best = entry.best.timing if entry else None
-        default = entry.default.timing if entry else None
-        speedup = report.speedup()
-        shown.add_row(
-            str(report.problem),
-            number(default.p50 if default else None),
-            number(best.p50 if best else None),
-            number(speedup, 2, "x"),
-            str(len(entry.tied)) if entry else "-",
-            f"{report.measured}/{report.space_size}",
-            " ".join(f"{name}:{count}" for name, count in report.failures().items()) or "-",
-            entry.best.algorithm if entry else "the default stays",
-            str(report.result),
-        )
-    payload = {
-        "asked": asked,
-        "interrupted": isinstance(stopped, TuningInterrupted),
-        "tables": str(Store().root),
-        "reports": [report_json(report) for report in reports],
-    }
-    out.result(payload, shown)
-    if any(not report.complete for report in reports):
-        out.say("the budget ended some searches early; the same command goes on from here")
-    for report in reports:
-        for trial in report.rejected if out.verbosity >= 1 else ():
-            config = " ".join(f"{name}={value}" for name, value in trial.config.items())
-            out.say(f"{report.problem}: {trial.algorithm} {config}: {trial.status}: {trial.reason}")
-
-
-def report_json(report: Report) -> dict[str, Any]:
-    """A report in JSON output."""
-    path: Path | None = report.path
-    return {
-        **problem_json(report.operator, report.problem),
-        "result": str(report.result),
-        "reason": report.reason,
-        "speedup": report.speedup(),
-        "space": report.space_size,
-        "planned": report.planned,
-        "measured": report.measured,
-        "complete": report.complete,
-        "failures": dict(report.failures()),
-        "rejected": [
-            {
-                "algorithm": trial.algorithm,
-                "config": dict(trial.config),
-                "status": trial.status,
-                "reason": trial.reason,
-            }
-            for trial in report.rejected
-        ],
-        "wall_s": round(report.wall_s, 3),
-        "path": None if path is None else str(path),
-        "entry": None if report.entry is None else report.entry.to_json(),
-    }
+    return [pair for pair in pairs if not wanted or pair[0].name in wanted]

@@ -15,7 +15,7 @@ import pytest
 from autotune_fakes import Scale, ScaleProblem
 
 from tritonconv.autotune.store import Store, elect, merge
-from tritonconv.runtime import tables
+from tritonconv.runtime import entries, tables
 from tritonconv.runtime.device import nominal_device
 from tritonconv.runtime.tables import Entry, Tier, Timing, Trial, environment, tuned_table
 
@@ -178,7 +178,7 @@ def test_a_bad_file_is_a_miss_and_one_warning(cache: Path, text: str) -> None:
     stored.path.with_name(f"{abs(hash(text))}.json").write_text(text)
     stored.path.write_text(text)
     table = tuned_table(DEVICE)
-    tables._warn_once.cache_clear()
+    entries.warn_once.cache_clear()
     for _ in range(2):
         tables.invalidate()
         with warnings.catch_warnings(record=True) as caught:

@@ -7,9 +7,10 @@ from .errors import (
     ScalarArityError,
     UnsupportedOpError,
 )
+from .ir import Argument, Capture, Load, Output, Role
 from .lowering import supported_ops
 from .modules import CacheSecurityError
-from .program import Argument, Capture, Load, Output, Role, ScalarFunction
+from .program import ScalarFunction
 from .show import show
 from .trace import clear_cache, trace
 

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from ..runtime.errors import bad_type, bad_value
-from .program import (
-    Argument,
-    Output,
-    Program,
-    Role,
-    call_differentiably,
-    compute_dtype,
-    evaluate,
-    load_again,
-)
+from .ir import Argument, Output, Role, Traced, compute_dtype, evaluate, load_again, trace_graph
+from .lowering import decompositions
 from .simplify import canonical
-from .trace import trace_graph
+
+_Program = TypeVar("_Program", bound=Traced)
 
 
-def _positions(program: Program, wrt: tuple[str, ...]) -> tuple[list[int], list[int]]:
+def call_differentiably(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a node's operator; one whose derivative PyTorch lacks is called in parts."""
+    target: Any = node.target
+    if target is torch.ops.aten.hardsigmoid_backward.default:
+        target = decompositions()[target]
+    return target(*args, **kwargs)
+
+
+def _positions(program: Traced, wrt: tuple[str, ...]) -> tuple[list[int], list[int]]:
     """Positions of the arguments and numbers of the loads that ``wrt`` names, validated."""
     names = [a.name for a in program.arguments]
     arguments, loads = [], []
@@ -46,7 +48,7 @@ def _positions(program: Program, wrt: tuple[str, ...]) -> tuple[list[int], list[
     return arguments, loads
 
 
-def _linear_index(program: Program, slot: int, index: list[Tensor]) -> Tensor:
+def _linear_index(program: Traced, slot: int, index: list[Tensor]) -> Tensor:
     """Row-major position in the capture of the element that a load reads."""
     shape = program.captures[program.loads[slot].capture].shape
     dtype = torch.int64 if math.prod(shape) >= 2**31 else torch.int32
@@ -56,7 +58,7 @@ def _linear_index(program: Program, slot: int, index: list[Tensor]) -> Tensor:
     return total
 
 
-def vjp_program(program: Program, wrt: tuple[str, ...]) -> Program:
+def vjp_program(program: _Program, wrt: tuple[str, ...]) -> _Program:
     """The program of :meth:`tritonconv.codegen.ScalarFunction.vjp`."""
     wrt_arguments, wrt_loads = _positions(program, wrt)
     floating = [k for k, o in enumerate(program.outputs) if o.dtype.is_floating_point]
@@ -138,14 +140,12 @@ def vjp_program(program: Program, wrt: tuple[str, ...]) -> Program:
 
     arguments = (*program.arguments, *cotangents)
     graph = trace_graph(run, [a.dtype for a in arguments])
-    return Program(
-        origin=program.origin,
+    return replace(
+        program,
         order=program.order + 1,
         arguments=arguments,
         outputs=tuple(outputs),
-        captures=program.captures,
-        loads=program.loads,
         graph=canonical(graph, str(program.origin)),
-        wide=program.wide,
         lineage=(*program.lineage, ", ".join(wrt)),
+        _derived={},
     )

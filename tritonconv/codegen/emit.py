@@ -1,17 +1,31 @@
-"""Write a lowered graph as the text of a Triton module."""
+"""Lower a program to operators of the table, and write it as the text of a Triton module."""
 
 from __future__ import annotations
 
 import builtins
 import keyword
 import re
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .errors import UnsupportedOpError
-from .lowering import TABLE, TYPE_NAMES, Context, constant, supported_ops
-from .program import FULL, LOAD, LOW_PRECISION, STOP, Argument, Program, Role, compute_dtype
+from .ir import (
+    FULL,
+    LOAD,
+    LOW_PRECISION,
+    STOP,
+    Argument,
+    Role,
+    Traced,
+    compute_dtype,
+    evaluate,
+    load_again,
+    trace_graph,
+)
+from .lowering import TABLE, TYPE_NAMES, Context, constant, decompositions, supported_ops
+from .simplify import canonical, simplify
 
 _RESERVED = frozenset(
     {"tl", "dm", "triton", "mask", "ptrs", "strides", *keyword.kwlist, *dir(builtins)}
@@ -34,7 +48,7 @@ def identifier(name: str) -> str:
     return f"{text}_" if text in _RESERVED else text
 
 
-def function_name(program: Program) -> str:
+def function_name(program: Traced) -> str:
     """Name of the emitted function: the user's name, and the derivative it computes."""
     base = "scalar" if program.origin.name == "<lambda>" else program.origin.name
     return identifier("_".join((base, *("vjp",) * program.order)))
@@ -54,17 +68,32 @@ class _Names:
         return name
 
 
-def _parameters(program: Program) -> dict[str, str]:
+def _parameters(program: Traced) -> dict[str, str]:
     """Argument name -> name in the source."""
     names = _Names({function_name(program)})
     return {a.name: names.new(identifier(a.name)) for a in program.arguments}
 
 
-def _of_role(program: Program, role: Role) -> list[Argument]:
+def _of_role(program: Traced, role: Role) -> list[Argument]:
     return [a for a in program.arguments if a.role is role]
 
 
-def emit_header(program: Program) -> str:
+def lower(program: Traced) -> fx.Graph:
+    """The graph of table operators that computes what ``program.graph`` computes."""
+    graph = program.graph
+    table = decompositions()
+    if any(node.target in table for node in graph.nodes):
+
+        def run(*scalars: Tensor) -> tuple[Any, ...]:
+            return evaluate(graph, scalars, load_again)
+
+        dtypes = [a.dtype for a in program.arguments]
+        traced = trace_graph(run, dtypes, table)
+        return canonical(traced, str(program.origin), finish=True)
+    return simplify(graph, finish=True)
+
+
+def emit_header(program: Traced) -> str:
     """The comments above the program: what it is and where it comes from."""
     order = program.order
     title = _ORDERS[order] if order < len(_ORDERS) else f"derivative of order {order}"
@@ -77,9 +106,8 @@ def emit_header(program: Program) -> str:
     return "".join(f"# {line}".rstrip() + "\n" for line in lines) + "\n"
 
 
-def emit_body(program: Program) -> str:
-    """The module's program: imports and the ``@triton.jit`` function."""
-    graph = program.lowered
+def emit_body(program: Traced, graph: fx.Graph) -> str:
+    """The module's program: imports and the ``@triton.jit`` function of its lowered graph."""
     parameters = _parameters(program)
     names = _Names({*parameters.values(), function_name(program)})
     values, coords, elements = (_of_role(program, role) for role in Role)
@@ -167,4 +195,4 @@ def _load(name: str, pointer: int, offset: str, dtype: str) -> str:
     return f"{name} = dm.load({address}, mask).to({dtype})"
 
 
-__all__ = ["constant", "emit_body", "emit_header", "function_name", "identifier"]
+__all__ = ["constant", "emit_body", "emit_header", "function_name", "identifier", "lower"]

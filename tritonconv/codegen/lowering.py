@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .program import FULL, TO, Program, compute_dtype, evaluate, load_again
+from .ir import FULL, TO, compute_dtype
 
 aten = torch.ops.aten
 
@@ -590,21 +590,3 @@ def supported_ops() -> tuple[str, ...]:
         True
     """
     return tuple(sorted({str(op) for op in (*TABLE, *decompositions())}))
-
-
-def lower(program: Program) -> fx.Graph:
-    """The graph of table operators that computes what ``program.graph`` computes."""
-    from .simplify import canonical, simplify
-    from .trace import trace_graph
-
-    graph = program.graph
-    table = decompositions()
-    if any(node.target in table for node in graph.nodes):
-
-        def run(*scalars: Tensor) -> tuple[Any, ...]:
-            return evaluate(graph, scalars, load_again)
-
-        dtypes = [a.dtype for a in program.arguments]
-        traced = trace_graph(run, dtypes, table)
-        return canonical(traced, str(program.origin), finish=True)
-    return simplify(graph, finish=True)

@@ -1,4 +1,4 @@
-"""The traced form of a scalar function: a graph of ATen operators on 0-d tensors, and its views.
+"""Programs and scalar functions: a traced graph, its views, and the tensors that it reads.
 
 A :class:`Program` holds no tensor: it can be cached, differentiated and emitted without keeping a
 user's parameters alive. A :class:`ScalarFunction` is a program together with the tensors it reads.
@@ -6,10 +6,9 @@ user's parameters alive. A :class:`ScalarFunction` is a program together with th
 
 from __future__ import annotations
 
-import enum
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,222 +16,49 @@ import torch
 from torch import Tensor, fx
 
 from ..runtime.errors import bad_value
-
-_LIBRARY = torch.library.Library("tritonconv_codegen", "DEF")
-_LIBRARY.define("load(Tensor[] index, int slot, int capture, ScalarType dtype) -> Tensor")
-_LIBRARY.define("stop(Tensor x) -> Tensor")
-
-
-def _load_fake(index: list[Tensor], slot: int, capture: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty((), dtype=dtype)
-
-
-def _stop(x: Tensor) -> Tensor:
-    return x.clone()
-
-
-_LIBRARY.impl("load", _load_fake, "CompositeExplicitAutograd")
-_LIBRARY.impl("stop", _stop, "CompositeExplicitAutograd")
-torch.library.register_fake("tritonconv_codegen::load", _load_fake, lib=_LIBRARY)
-torch.library.register_fake("tritonconv_codegen::stop", torch.empty_like, lib=_LIBRARY)
-
-LOAD = torch.ops.tritonconv_codegen.load.default
-"""``load(index, slot, capture, dtype)``: read number ``slot``, of a captured tensor."""
-
-STOP = torch.ops.tritonconv_codegen.stop.default
-"""``stop(x)``: the identity without a gradient; what a user's ``x.detach()`` becomes."""
-
-FULL = torch.ops.aten.full.default
-"""``full([], value, dtype=...)``: the only form of a constant in a program's graph."""
-
-TO = torch.ops.aten._to_copy.default
-"""``_to_copy(x, dtype=...)``: the only form of a cast in a program's graph."""
-
-LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
-class Role(enum.Enum):
-    """How the emitted function gets an argument."""
-
-    VALUE = "value"
-    """A block the calling kernel holds in registers: an accumulator, an attention score."""
-
-    COORD = "coord"
-    """An integer coordinate the kernel supplies; never differentiable."""
-
-    ELEMENT = "element"
-    """A tensor operand that the emitted function loads at the current coordinates."""
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One argument of a scalar function: its name, the dtype it is traced in, and its role."""
-
-    name: str
-    dtype: torch.dtype
-    role: Role
-
-
-@dataclass(frozen=True)
-class Output:
-    """One result of a scalar function."""
-
-    name: str
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Capture:
-    """Shape and dtype of a tensor that the function closes over, and what the function calls it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Load:
-    """One read ``captured[index]``.
-
-    Attributes:
-        capture: Position in ``captures`` of the tensor that is read.
-        dtype: The dtype the program computes with; half precision is loaded as float32.
-        pattern: The coordinate names, one a dimension, when the indices are distinct plain
-            coordinates (``()`` for a 0-d tensor); ``None`` for computed indices.
-    """
-
-    capture: int
-    dtype: torch.dtype
-    pattern: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The user's function: its name, where it is written, and its text."""
-
-    name: str
-    file: str
-    line: int
-    text: str
-
-    @property
-    def location(self) -> str:
-        """``file:line`` without directories, so that it is equal on all machines."""
-        return f"{self.file}:{self.line}"
-
-    def __str__(self) -> str:
-        return f"scalar function {self.name!r} ({self.location})"
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a stored value is computed in: float32 for half precision, else itself."""
-    return torch.float32 if dtype in LOW_PRECISION else dtype
-
-
-def evaluate(
-    graph: fx.Graph,
-    arguments: Sequence[Any],
-    load: Callable[[fx.Node, list[Any]], Any],
-    call: Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any] | None = None,
-) -> tuple[Any, ...]:
-    """Run a program's graph on ``arguments``; ``load(node, indices)`` answers its loads."""
-    environment: dict[fx.Node, Any] = {}
-    supply = iter(arguments)
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            environment[node] = next(supply)
-        elif node.op == "output":
-            return tuple(fx.map_arg(node.args[0], environment.__getitem__))
-        else:
-            args = fx.map_arg(node.args, environment.__getitem__)
-            kwargs = fx.map_arg(node.kwargs, environment.__getitem__)
-            if node.target is LOAD:
-                environment[node] = load(node, list(args[0]))
-            elif node.target is STOP:
-                # detach cuts this level of differentiation, stop records the cut for the next.
-                environment[node] = STOP(args[0].detach())
-            elif call is not None:
-                environment[node] = call(node, args, kwargs)
-            else:
-                environment[node] = node.target(*args, **kwargs)
-    raise AssertionError("the graph has no output")
-
-
-def call_differentiably(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a node's operator; one whose derivative PyTorch lacks is called in parts."""
-    from .lowering import decompositions
-
-    target: Any = node.target
-    if target is torch.ops.aten.hardsigmoid_backward.default:
-        target = decompositions()[target]
-    return target(*args, **kwargs)
-
-
-def load_again(node: fx.Node, index: list[Any]) -> Tensor:
-    """Record the same load in the graph that is being traced."""
-    return LOAD(index, *node.args[1:])
+from .derive import call_differentiably, vjp_program
+from .emit import emit_body, emit_header, function_name, lower
+from .ir import FULL, LOAD, Argument, Load, Output, Role, Traced, evaluate
+from .modules import digest, load_function
+from .transport import pack_graph, unpack_graph
 
 
 @dataclass(eq=False)
-class Program:
-    """A traced scalar function without its tensors.
+class Program(Traced):
+    """A traced scalar function without its tensors, and what is made of it, each once.
 
-    ``graph`` is the program as PyTorch would run it (activations and their ``*_backward`` operators
-    whole, so that derivatives are PyTorch's own); ``lowered`` is the same program taken apart into
-    operators of the lowering table and simplified, which is what gets emitted.
+    ``lowered`` is ``graph`` taken apart into operators of the lowering table and simplified, which
+    is what gets emitted.
     """
-
-    origin: Origin
-    order: int
-    arguments: tuple[Argument, ...]
-    outputs: tuple[Output, ...]
-    captures: tuple[Capture, ...]
-    loads: tuple[Load, ...]
-    graph: fx.Graph
-    wide: bool = False
-    lineage: tuple[str, ...] = ()
-    _derived: dict[Any, Program] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def lowered(self) -> fx.Graph:
         """The graph of table operators that is emitted."""
-        from .lowering import lower
-
         return lower(self)
 
     @functools.cached_property
     def body(self) -> str:
         """The emitted module without its header."""
-        from .emit import emit_body
-
-        return emit_body(self)
+        return emit_body(self, self.lowered)
 
     @functools.cached_property
     def source(self) -> str:
         """The emitted module."""
-        from .emit import emit_header
-
         return emit_header(self) + self.body
 
     @functools.cached_property
     def key(self) -> str:
         """sha256 of :attr:`body`."""
-        from .modules import digest
-
         return digest(self.body)
 
     @property
     def name(self) -> str:
         """Name of the emitted function."""
-        from .emit import function_name
-
         return function_name(self)
 
     @functools.cached_property
     def jit(self) -> Any:
         """The ``JITFunction``, loaded from the generated-module cache."""
-        from .modules import load_function
-
         return load_function(self.source, self.name, self.key)
 
     @functools.cached_property
@@ -249,26 +75,36 @@ class Program:
                 names.add(f"load:{node.args[1]}")
         return frozenset(names)
 
+    def __reduce__(self) -> Any:
+        """Programs travel as plain data; derivatives made of them stay behind."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["_derived"] = {}
+        values["graph"] = pack_graph(self.graph)
+        return _arrived, (values,)
+
     def vjp(self, wrt: tuple[str, ...]) -> Program:
         """The program of the vector-Jacobian product, made once for each ``wrt``."""
         found = self._derived.get(wrt)
         if found is None:
-            from .derive import vjp_program
-
             found = self._derived[wrt] = vjp_program(self, wrt)
         return found
 
-    def changed(self, **fields: Any) -> Program:
+    def changed(self, **changes: Any) -> Program:
         """The same program with other arguments or address width, made once for each choice."""
-        key = ("changed", *sorted(fields.items()))
+        key = ("changed", *sorted(changes.items()))
         found = self._derived.get(key)
         if found is None:
-            found = replace(self, _derived={}, **fields)
+            found = replace(self, _derived={}, **changes)
             for shared in ("lowered",):
                 if shared in self.__dict__:
                     found.__dict__[shared] = self.__dict__[shared]
             self._derived[key] = found
         return found
+
+
+def _arrived(values: dict[str, Any]) -> Program:
+    """The program whose parts :meth:`Program.__reduce__` sent."""
+    return Program(**{**values, "graph": unpack_graph(values["graph"])})
 
 
 class ScalarFunction:

@@ -20,6 +20,11 @@ def register_program(program: Program) -> str:
     return key
 
 
+def find_program(key: str) -> Program | None:
+    """The program of a key, or None where no such program is known."""
+    return _PROGRAMS.get(key)
+
+
 def program_of(key: str) -> Program:
     """The program of a key.
 

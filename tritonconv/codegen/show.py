@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..runtime.errors import bad_value
-from .program import Argument, Role, ScalarFunction
+from .ir import Argument, Role
+from .program import ScalarFunction
 from .trace import trace
 
 COORDINATES = ("b", "n", "c", "d", "h", "w", "q", "k", "q_idx", "kv_idx", "token_q", "token_kv")

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .errors import NotScalarError, UnsupportedOpError
-from .program import FULL, LOAD, STOP, TO
+from .ir import FULL, LOAD, STOP, TO
+from .lowering import is_supported, supported_ops
 
 aten = torch.ops.aten
 
@@ -200,8 +201,6 @@ def canonical(graph: fx.Graph, where: str, finish: bool = False) -> fx.Graph:
         where: The user's function, for errors.
         finish: Also apply the rules that hold for the value but not for its derivatives.
     """
-    from .lowering import is_supported, supported_ops
-
     builder = _Builder(where)
     new: dict[fx.Node, fx.Node] = {}
     live = _live(graph)

@@ -16,7 +16,7 @@ from .algorithms import ALGORITHMS, common, implicit_gemm, tiles, windows
 from .algorithms.aten import Aten
 from .algorithms.common import slot_names
 from .epilogue import apply_with_torch, build_epilogue
-from .problem import ConvProblem, Direction, EpilogueSpec, parse_problem
+from .problem import ConvProblem, Direction, EpilogueSpec, parse_problem, wide_stride
 
 Tensor = torch.Tensor
 
@@ -44,11 +44,17 @@ class ConvOperator(Operator):
         problem = parse_problem(self.direction, self.rank, fields)
         fused = str(fields.get("epilogue", "none"))
         if fused != "none" and self.direction is Direction.FORWARD:
+            shape = problem.y_shape
             epilogue = build_epilogue(torch.relu, True, (), problem.dtype, self.rank)
+            strides = [0, 1] + [0] * self.rank
+            if fields.get("wide", False) and not problem.wide:
+                # Then the operand is: a bias, or another axis, of elements far apart.
+                axis = next((a for a in (1, 0, *range(2, self.rank + 2)) if shape[a] > 1), 1)
+                strides[1], strides[axis] = 0, wide_stride(shape[axis])
             spec = EpilogueSpec(
                 epilogue.key,
                 (problem.dtype,),
-                ((0, 1) + (0,) * self.rank,),
+                (tuple(strides),),
                 save_acc=fused.endswith("+acc"),
             )
             problem = replace(problem, epilogue=spec)
@@ -103,7 +109,8 @@ class ConvOperator(Operator):
                     size if hop else 1 for size, hop in zip(problem.y_shape, strides, strict=True)
                 )
                 values = torch.randn(shape, generator=generator, device=device)
-                tensors[f"element{index}"] = values.to(dtype).expand(problem.y_shape)
+                element = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                tensors[f"element{index}"] = element.copy_(values).expand(problem.y_shape)
             for index, (dtype, size, strides) in enumerate(
                 zip(spec.capture_dtypes, spec.capture_shapes, spec.capture_strides, strict=True)
             ):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..codegen.elementwise import pull_back
-from ..codegen.program import Program, Role, ScalarFunction
+from ..codegen.ir import Role
+from ..codegen.program import Program, ScalarFunction
 from ..codegen.registry import program_of
 from ..runtime import library, tables
 from ..runtime.backend import uses_triton

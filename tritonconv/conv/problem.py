@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..codegen.program import Program
+from ..codegen.registry import find_program, register_program
 from ..runtime.errors import bad_value
 from ..runtime.operators import Field
 
@@ -58,6 +61,17 @@ class EpilogueSpec:
     capture_strides: tuple[tuple[int, ...], ...] = ()
     save_acc: bool = False
 
+    def __reduce__(self) -> Any:
+        """A pickled spec takes its program along: keys mean something in one process only."""
+        values = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        return _arrived_spec, (values, find_program(self.function))
+
+
+def _arrived_spec(values: tuple[Any, ...], program: Program | None) -> EpilogueSpec:
+    if program is not None:
+        register_program(program)
+    return EpilogueSpec(*values)
+
 
 def output_size(
     in_size: Sequence[int],
@@ -84,6 +98,43 @@ def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
         strides[axis] = running
         running *= max(shape[axis], 1)
     return tuple(strides)
+
+
+LAYOUTS = ("channels_last", "contiguous", "strided")
+_WIDE_SPAN = 2**30  # offsets this far apart are wide
+
+
+def wide_stride(size: int) -> int:
+    """The least stride at which an axis of several elements makes a problem wide."""
+    return -(-_WIDE_SPAN // max(size - 1, 1))
+
+
+def strides_for(shape: Sequence[int], layout: str, wide: bool = False) -> tuple[int, ...]:
+    """Strides that :func:`_layout` calls by this name: what a tensor of a tuned entry gets.
+
+    Args:
+        shape: (batch, channels, *spatial).
+        layout: one of :data:`LAYOUTS`.
+        wide: place the elements of a strided tensor so far apart that offsets need int64.
+    """
+    if layout == "strided":
+        # Every second element of a contiguous tensor; or, where these would be too far apart for
+        # a problem that is not wide, one element expanded.
+        strides = [2 * hop for hop in dense_strides(shape, False)]
+        axis = next((axis for axis, size in enumerate(shape) if size > 1), 0)
+        if wide:
+            strides[axis] = max(strides[axis], wide_stride(shape[axis]))
+        elif _span(shape, strides) >= _WIDE_SPAN:
+            strides = [0] * len(shape)
+        return tuple(strides)
+    strides = list(dense_strides(shape, layout == "channels_last"))
+    if layout == "contiguous" and _layout(shape, strides) != layout:
+        strides[1] = 2  # of one channel, whose stride nothing uses, and so says nothing
+    return tuple(strides)
+
+
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    return sum((size - 1) * abs(hop) for size, hop in zip(shape, strides, strict=True))
 
 
 def _layout(shape: Sequence[int], strides: Sequence[int]) -> str:
@@ -224,14 +275,10 @@ class ConvProblem:
         if self.epilogue is not None:
             tensors += [(self.y_shape, strides) for strides in self.epilogue.element_strides]
             tensors += zip(self.epilogue.capture_shapes, self.epilogue.capture_strides, strict=True)
-        spans = [
-            sum((size - 1) * abs(hop) for size, hop in zip(shape, strides, strict=True))
-            for shape, strides in tensors
-            if 0 not in shape
-        ]
+        spans = [_span(shape, strides) for shape, strides in tensors if 0 not in shape]
         # Offsets of padded positions reach outside the tensor by at most one padded window.
         spans += [self.in_pixels, self.out_pixels]
-        return any(2 * span >= 2**31 for span in spans)
+        return any(span >= _WIDE_SPAN for span in spans)
 
     def fields(self) -> Mapping[str, Field]:
         """What tuned entries are keyed by: geometry and layouts as strings, sizes as integers."""
@@ -391,8 +438,13 @@ def parse_problem(direction: Direction, rank: int, fields: Mapping[str, Any]) ->
         raise bad_value("dtype", " | ".join(DTYPES), repr(values["dtype"]))
     if values["precision"] not in PRECISIONS:
         raise bad_value("precision", " | ".join(PRECISIONS), repr(values["precision"]))
-    if values["layout"] not in ("channels_last", "contiguous"):
-        raise bad_value("layout", "channels_last | contiguous", repr(values["layout"]))
+    layouts = {
+        name: values.get(name, values["layout"])
+        for name in ("layout", "weight_layout", "output_layout")
+    }
+    for name, layout in layouts.items():
+        if layout not in LAYOUTS:
+            raise bad_value(name, " | ".join(LAYOUTS), repr(layout))
     kernel, stride, padding, dilation = (
         _numbers(values[name], rank, name) for name in ("kernel", "stride", "padding", "dilation")
     )
@@ -409,9 +461,16 @@ def parse_problem(direction: Direction, rank: int, fields: Mapping[str, Any]) ->
         raise bad_value("groups", f"a divisor of {in_channels} and {out_channels}", groups)
     if min(out_size) < 1:
         raise bad_value("problem", "an output of at least one element per axis", out_size)
-    channels_last = values["layout"] == "channels_last"
-    weight_last = values.get("weight_layout", values["layout"]) == "channels_last"
-    y_shape = (batch, out_channels, *out_size)
+    wide = bool(values.get("wide", False))
+    shapes = (
+        (batch, in_channels, *in_size),
+        (out_channels, in_channels // groups, *kernel),
+        (batch, out_channels, *out_size),
+    )
+    x_strides, w_strides, y_strides = (
+        strides_for(shape, layout, wide)
+        for shape, layout in zip(shapes, layouts.values(), strict=True)
+    )
     return ConvProblem(
         direction=direction,
         batch=batch,
@@ -426,7 +485,7 @@ def parse_problem(direction: Direction, rank: int, fields: Mapping[str, Any]) ->
         dilation=dilation,
         dtype=DTYPES[values["dtype"]],
         precision=values["precision"] if values["dtype"] == "float32" else "ieee",
-        x_strides=dense_strides((batch, in_channels, *in_size), channels_last),
-        w_strides=dense_strides((out_channels, in_channels // groups, *kernel), weight_last),
-        y_strides=dense_strides(y_shape, channels_last),
+        x_strides=x_strides,
+        w_strides=w_strides,
+        y_strides=y_strides,
     )

@@ -11,14 +11,15 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import MockTensor, create_function_from_signature
 
 from .compat import interpreting
 from .errors import TritonConvError, bad_value
@@ -37,19 +38,6 @@ SHARED_MEMORY_LIMIT: dict[str, int] = {
     "gfx942": 64 * 1024,
 }
 """Bytes of shared memory one block may use (CUDA C++ programming guide, AMD CDNA3 ISA)."""
-
-_TYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-}
 
 
 @dataclass(frozen=True)
@@ -80,38 +68,46 @@ def parse_target(name: str) -> GPUTarget:
     raise bad_value("target", "sm_XX or gfxXXX, such as sm_90", repr(name))
 
 
-def _describe(arg: Arg, dtypes: Any, path: tuple[int, ...], out: _Signature) -> Any:
+def jit_source(call: KernelCall, dtypes: Any, target: GPUTarget) -> tuple[ASTSource, Any]:
+    """Source and options of a call, exactly as Triton's dispatcher would derive them on a launch.
+
+    The dispatcher's own binder looks at the arguments: what is compiled here lies in Triton's disk
+    cache under the key that a launch of the call, in any process, looks up. Tensors stand for
+    themselves: pointers aligned to 16 bytes, as PyTorch allocates them.
+    """
+    kernel = call.kernel
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    compilation = triton.knobs.compilation
+    options = {
+        "num_warps": call.num_warps,
+        "num_stages": call.num_stages,
+        # The default, said aloud: Triton 3.9 warns where it is left unsaid.
+        "enable_fp_fusion": triton.knobs.language.default_fp_fusion,
+        # What JITFunction.run adds to every launch.
+        "debug": kernel.debug or triton.knobs.runtime.debug,
+        "instrumentation_mode": compilation.instrumentation_mode,
+    }
+    if hasattr(compilation, "fpsan_homomorphic_casts"):
+        options["fpsan_homomorphic_casts"] = compilation.fpsan_homomorphic_casts
+    arguments = [_stand_in(arg, dtypes) for arg in call.args]
+    keywords = {**call.constexprs, **options}
+    bound, specialization, rest = binder(*arguments, **keywords)
+    parsed, signature, constants, attrs = kernel._pack_args(
+        backend, keywords, bound, specialization, rest
+    )
+    return ASTSource(kernel, signature, constants, attrs), parsed
+
+
+def _stand_in(arg: Arg, dtypes: Any) -> Any:
     if isinstance(arg, tuple):
-        return tuple(_describe(item, dtypes, (*path, index), out) for index, item in enumerate(arg))
-    if isinstance(arg, Slot):
-        out.attrs[path] = [["tt.divisibility", 16]]
-        return "*" + _TYPE_NAMES[dtypes[arg.name]]
-    if isinstance(arg, float):
-        return "fp32"
-    if arg == 1:
-        out.constants[path] = 1
-        return "constexpr"
-    if arg % 16 == 0:
-        out.attrs[path] = [["tt.divisibility", 16]]
-    return "i32" if -(2**31) <= arg < 2**31 else "i64"
+        return tuple(_stand_in(item, dtypes) for item in arg)
+    return MockTensor(dtypes[arg.name]) if isinstance(arg, Slot) else arg
 
 
-class _Signature:
-    """What Triton's dispatcher would derive from the arguments of a call."""
-
-    def __init__(self, call: KernelCall, dtypes: Any) -> None:
-        self.attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-        self.constants: dict[tuple[int, ...], Any] = {}
-        names = list(call.kernel.arg_names)
-        self.types: dict[str, Any] = {}
-        for index, (name, arg) in enumerate(zip(names, call.args, strict=False)):
-            self.types[name] = _describe(arg, dtypes, (index,), self)
-        for index, name in enumerate(names[len(call.args) :], start=len(call.args)):
-            self.types[name] = "constexpr"
-            self.constants[(index,)] = call.constexprs[name]
-
-
-def compile_call(call: KernelCall, dtypes: Any, target: str, *, resources: bool = True) -> Compiled:
+def compile_call(
+    call: KernelCall, dtypes: Any, target: str, *, resources: bool = True, launcher: bool = False
+) -> Compiled:
     """Compile one kernel call for ``target`` and return the resources it takes.
 
     Raises:
@@ -122,22 +118,15 @@ def compile_call(call: KernelCall, dtypes: Any, target: str, *, resources: bool 
             "ahead-of-time compilation needs a process without TRITON_INTERPRET=1: "
             "Triton chooses at import whether it interprets"
         )
-    signature = _Signature(call, dtypes)
-    source = ASTSource(call.kernel, signature.types, signature.constants, signature.attrs)
     gpu = parse_target(target)
-    compiled = triton.compile(
-        source,
-        target=gpu,
-        options={
-            "num_warps": call.num_warps,
-            "num_stages": call.num_stages,
-            # The default, said aloud: Triton 3.9 warns where it is left unsaid.
-            "enable_fp_fusion": triton.knobs.language.default_fp_fusion,
-        },
-    )
+    source, options = jit_source(call, dtypes, gpu)
+    compiled = triton.compile(source, target=gpu, options=options.__dict__)
     registers, spills = None, None
-    if resources and gpu.backend == "cuda":
-        registers, spills = _cubin_resources(compiled.asm["cubin"])
+    if gpu.backend == "cuda":
+        if resources:
+            registers, spills = _cubin_resources(compiled.asm["cubin"])
+        if launcher:
+            _build_launcher(compiled)
     return Compiled(
         call.kernel.__name__,
         target,
@@ -148,13 +137,30 @@ def compile_call(call: KernelCall, dtypes: Any, target: str, *, resources: bool 
     )
 
 
-def compile_plan(plan: LaunchPlan, target: str, *, resources: bool = True) -> tuple[Compiled, ...]:
+def _build_launcher(compiled: Any) -> None:
+    """Have the C function that launches the kernel built, which Triton does once per signature.
+
+    It takes a tenth of a second of the C compiler. Triton 3.6 builds it without a GPU, but needs
+    the driver's library; where it is missing, and in releases that build nothing, nothing is done.
+    """
+    from triton.backends.nvidia import driver
+
+    if not hasattr(driver, "make_launcher"):
+        return
+    with suppress(Exception):
+        driver.CudaLauncher(compiled.src, compiled.metadata)
+
+
+def compile_plan(
+    plan: LaunchPlan, target: str, *, resources: bool = True, launcher: bool = False
+) -> tuple[Compiled, ...]:
     """Compile every kernel of a plan for ``target``, without any GPU.
 
     Args:
         plan: the plan of an algorithm for a problem.
         target: ``sm_80`` … ``sm_120`` or ``gfx942``.
         resources: also read registers and spills (NVIDIA targets; costs a few milliseconds).
+        launcher: also build what launches the kernel, where the release of Triton builds that.
 
     Raises:
         ArgumentValueError: unknown target.
@@ -162,7 +168,9 @@ def compile_plan(plan: LaunchPlan, target: str, *, resources: bool = True) -> tu
         triton.CompilationError: the kernel does not compile.
     """
     return tuple(
-        compile_call(call, plan.dtypes, target, resources=resources) for call in plan.calls
+        compile_call(call, plan.dtypes, target, resources=resources, launcher=launcher)
+        for call in plan.calls
+        if 0 not in call.grid
     )
 
 

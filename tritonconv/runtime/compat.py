@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import threading
@@ -25,6 +26,24 @@ DIRECT_LAUNCH_VERSIONS = frozenset({(3, 6)})
 def interpreting() -> bool:
     """Whether Triton kernels run through the interpreter (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def ptxas_version(arch: str) -> str:
+    """Release of the ptxas that Triton compiles with for ``sm_90`` and its like; else empty.
+
+    Example:
+        >>> ptxas_version("gfx942")
+        ''
+    """
+    if not arch.startswith("sm_"):
+        return ""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        return str(get_ptxas(int(arch[3:])).version)
+    except Exception:  # no such file, not executable, a backend that was not built
+        return ""
 
 
 def direct_launcher(compiled: Any) -> Callable[..., None] | None:

@@ -8,7 +8,6 @@ differentiable wherever they are called from: eager code, ``torch.compile``, ``t
 from __future__ import annotations
 
 import functools
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,16 +48,16 @@ class Op:
     """An operator of this library: callable like its overload, cheaper where that is allowed."""
 
     def __init__(
-        self,
-        overload: Any,
-        implementation: Callable[..., Any],
-        autograd: Callable[..., Any],
-        probe: Callable[[tuple[Any, ...]], Any],
+        self, overload: Any, implementation: Callable[..., Any], autograd: Callable[..., Any]
     ) -> None:
         self.overload = overload
-        self.probe = probe
         self.implementation = implementation
         self.autograd = autograd
+        # Where the tensors are is known from the schema: looking at every argument of every call
+        # for one would cost more than the rest of the dispatch.
+        kinds = [str(argument.type) for argument in overload._schema.arguments]
+        self.tensors = tuple(k for k, kind in enumerate(kinds) if kind == "Tensor")
+        self.lists = tuple(k for k, kind in enumerate(kinds) if kind == "List[Tensor]")
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator, differentiably."""
@@ -68,18 +67,41 @@ class Op:
             # Transforms nest around an autograd.Function, not around a kernel of the Autograd key.
             _refuse_tangents(str(self.overload), args)
             return self.autograd(*args)
-        if not (plain(self.probe(args)) and _plain_tensors(args)):
+        if not self._plain(args):
             return self.overload(*args)
-        if torch.is_grad_enabled() and _requires_grad(args):
+        if torch.is_grad_enabled() and self._requires_grad(args):
             return self.autograd(*args)
         return self.implementation(*args)
 
     def below_autograd(self, *args: Any) -> Any:
         """Run the implementation from inside the operator's own ``Function.forward``."""
-        if plain(self.probe(args)) and _plain_tensors(args):
+        if not torch._C._are_functorch_transforms_active() and self._plain(args):
             return self.implementation(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
+
+    def _plain(self, args: Sequence[Any]) -> bool:
+        """:func:`plain` for all tensors of a call, outside ``torch.compile`` and ``torch.func``."""
+        if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
+            return False
+        for k in self.tensors:
+            if type(args[k]) not in PLAIN_TYPES or args[k].is_meta:
+                return False
+        for k in self.lists:
+            for tensor in args[k]:
+                if type(tensor) not in PLAIN_TYPES or tensor.is_meta:
+                    return False
+        return True
+
+    def _requires_grad(self, args: Sequence[Any]) -> bool:
+        for k in self.tensors:
+            if args[k].requires_grad:
+                return True
+        for k in self.lists:
+            for tensor in args[k]:
+                if tensor.requires_grad:
+                    return True
+        return False
 
 
 def define(
@@ -88,7 +110,6 @@ def define(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Callable[..., Any],
-    probe: Callable[[tuple[Any, ...]], Any] = operator.itemgetter(0),
 ) -> Op:
     """Define ``tritonconv::name``.
 
@@ -99,17 +120,17 @@ def define(
         fake: computes shapes, dtypes and strides for ``torch.compile``.
         autograd: kernel for the Autograd key, called with the operator's arguments when some
             input requires a gradient; typically ends in :meth:`OpFunction.run`.
-        probe: picks a tensor of the call from its arguments, to see what kind of call it is.
     """
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"tritonconv::{name}", fake, lib=LIBRARY)
     overload = getattr(torch.ops.tritonconv, name).default
+    op = Op(overload, implementation, autograd)
 
     def autograd_kernel(*args: Any) -> Any:
         _refuse_tangents(name, args)
-        if torch.is_grad_enabled() and _requires_grad(args):
+        if torch.is_grad_enabled() and op._requires_grad(args):
             return autograd(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
@@ -118,7 +139,7 @@ def define(
     torch.library.register_vmap(
         f"tritonconv::{name}", functools.partial(_one_by_one, name, overload), lib=LIBRARY
     )
-    return Op(overload, implementation, autograd, probe)
+    return op
 
 
 class OpFunction(torch.autograd.Function):
@@ -164,18 +185,6 @@ def _one_by_one(name: str, call: Callable[..., Any], info: Any, in_dims: Any, *a
     return type(results[0])(stacked), type(results[0])([0] * len(stacked))
 
 
-def _plain_tensors(args: Sequence[Any]) -> bool:
-    """Whether no argument is a tensor subclass or fake, which the dispatcher must see."""
-    for arg in args:
-        kind = type(arg)
-        if kind is list or kind is tuple:
-            if not _plain_tensors(arg):
-                return False
-        elif kind not in PLAIN_TYPES and isinstance(arg, torch.Tensor):
-            return False
-    return True
-
-
 def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
     if forward_ad._current_level >= 0 and _has_tangent(args):
         raise ForwardModeError(
@@ -190,15 +199,5 @@ def _has_tangent(args: Sequence[Any]) -> bool:
             if forward_ad.unpack_dual(arg).tangent is not None:
                 return True
         elif type(arg) in (list, tuple) and _has_tangent(arg):
-            return True
-    return False
-
-
-def _requires_grad(args: Sequence[Any]) -> bool:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            if arg.requires_grad:
-                return True
-        elif type(arg) in (list, tuple) and _requires_grad(arg):
             return True
     return False

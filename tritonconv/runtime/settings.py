@@ -105,9 +105,16 @@ TABLE: tuple[Setting, ...] = (
         lambda text: text or None,
     ),
     Setting(
+        "require_tuned",
+        "TRITONCONV_REQUIRE_TUNED",
+        "raise where a call has no exact or bucketed entry, and say how the key differs",
+        False,
+        _flag,
+    ),
+    Setting(
         "report_misses",
         "TRITONCONV_REPORT_MISSES",
-        "say once at exit on stderr how many problems ran untuned",
+        "at exit, note which problems ran untuned and say on stderr how many",
         True,
         _flag,
     ),

@@ -1,14 +1,10 @@
-"""Tuned tables: the entry format, where entries are looked for, and the lookup at a call.
+"""Tuned tables: what a call looks up, and in which order.
 
-An entry is one JSON file, read as data and never executed. Read order of a lookup: exact entry,
-bucketed entry, nearest tuned problem (log distance over the integer fields, strings exact), then
-the operator's default. A file that cannot be read is a miss and one warning. The tuner
+Read order of a lookup: exact entry, bucketed entry, nearest tuned problem (log distance over the
+integer fields, strings exact), the same three among entries of the same architecture but another
+board or other versions (``family``), then the operator's default. Entries are looked for in the
+user's table, in shared ones, and in those packaged with the library. The tuner
 (``tritonconv.autotune``) writes entries; this module only reads them.
-
-Layout of a table directory::
-
-    v1/<environment hash>/environment.json
-    v1/<environment hash>/<operator>/<problem hash>.json
 """
 
 from __future__ import annotations
@@ -16,27 +12,42 @@ from __future__ import annotations
 import atexit
 import enum
 import functools
-import hashlib
-import json
-import math
 import sys
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
-from .device import DeviceFacts
+from . import missed
+from .device import DeviceFacts, device_facts
+from .diagnosis import describe_miss
+from .entries import (
+    SCHEMA_VERSION,
+    Bundle,
+    Entry,
+    InvalidEntryError,
+    Resources,
+    Timing,
+    Trial,
+    canonical,
+    digest,
+    distance,
+    entry_key,
+    problem_key,
+    read_entry,
+    warn_once,
+)
+from .environment import Environment, environment
 from .errors import TritonConvError
-from .operators import Config, Field, Operator, Problem
+from .operators import Config, Field, Operator, Problem, operator_names
+from .operators import get_operator as _get_operator
+from .recording import RECORDINGS, advance, epoch, is_recording, note, recording
 from .settings import settings
-
-SCHEMA_VERSION = 1
+from .sources import BundleSource, DirectorySource, Located, Source, entry_path
 
 
 class Tier(enum.StrEnum):
@@ -45,7 +56,12 @@ class Tier(enum.StrEnum):
     EXACT = "exact"
     BUCKET = "bucket"
     NEAREST = "nearest"
+    FAMILY = "family"
     DEFAULT = "default"
+
+
+TUNED_TIERS = frozenset((Tier.EXACT, Tier.BUCKET))
+"""The tiers that are no miss."""
 
 
 @dataclass(frozen=True)
@@ -59,188 +75,28 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Environment:
-    """What must be equal for a timing to be valid: part of every entry's key."""
+class Found:
+    """A choice and the entry behind it, without its trials; None for the default."""
 
-    device: DeviceFacts
-    triton: str
-    torch: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return {"device": self.device.as_dict(), "triton": self.triton, "torch": self.torch}
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Directory name of this environment."""
-        return digest(self.as_dict())
+    choice: Choice
+    located: Located | None = None
 
 
-@functools.cache
-def environment(device: DeviceFacts) -> Environment:
-    """The running environment on a device."""
-    torch_version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
-    return Environment(device, triton.__version__, torch_version)
-
-
-def digest(value: Any) -> str:
-    """Hash of a JSON value in canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One measurement of one config, microseconds."""
-
-    p50: float
-    p20: float
-    p80: float
-    count: int
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One candidate of a tuning run: its fate and, if it ran, its timing."""
-
-    algorithm: str
-    config: Mapping[str, int]
-    status: str
-    reason: str = ""
-    timing: Timing | None = None
-    max_error: float | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tuned problem, as stored."""
-
-    operator: str
-    problem: Mapping[str, Field]
-    source_hash: str
-    policy: str
-    environment: Mapping[str, Any]
-    default: Trial
-    best: Trial
-    tied: tuple[int, ...] = ()
-    trials: tuple[Trial, ...] = ()
-    recorded: Mapping[str, Any] = field(default_factory=dict)
-
-    def key(self) -> str:
-        """File name without ending: hash of all that identifies the tuned problem."""
-        return problem_key(self.operator, self.problem, self.source_hash)
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry as a JSON value, ``schema_version`` first."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "operator": self.operator,
-            "problem": dict(self.problem),
-            "source_hash": self.source_hash,
-            "policy": self.policy,
-            "environment": dict(self.environment),
-            "default": _trial_to_json(self.default),
-            "best": _trial_to_json(self.best),
-            "tied": list(self.tied),
-            "trials": [_trial_to_json(trial) for trial in self.trials],
-            "recorded": dict(self.recorded),
-        }
-
-    @classmethod
-    def from_json(cls, value: Any) -> Entry:
-        """Rebuild an entry.
-
-        Raises:
-            InvalidEntryError: the value is not an entry of this schema.
-        """
-        try:
-            if value["schema_version"] != SCHEMA_VERSION:
-                raise InvalidEntryError(f"schema_version {value['schema_version']!r}")
-            problem = value["problem"]
-            if not all(isinstance(v, (str, int, bool)) for v in problem.values()):
-                raise InvalidEntryError("problem fields must be strings, integers or booleans")
-            return cls(
-                operator=str(value["operator"]),
-                problem=dict(problem),
-                source_hash=str(value["source_hash"]),
-                policy=str(value["policy"]),
-                environment=dict(value["environment"]),
-                default=_trial_from_json(value["default"]),
-                best=_trial_from_json(value["best"]),
-                tied=tuple(int(index) for index in value["tied"]),
-                trials=tuple(_trial_from_json(trial) for trial in value["trials"]),
-                recorded=dict(value["recorded"]),
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, InvalidEntryError):
-                raise
-            raise InvalidEntryError(f"{type(error).__name__}: {error}") from None
-
-
-class InvalidEntryError(TritonConvError, ValueError):
-    """A file is not a tuned entry of this schema."""
-
-
-def _trial_to_json(trial: Trial) -> dict[str, Any]:
-    value: dict[str, Any] = {
-        "algorithm": trial.algorithm,
-        "config": dict(trial.config),
-        "status": trial.status,
-    }
-    if trial.reason:
-        value["reason"] = trial.reason
-    if trial.timing is not None:
-        timing = trial.timing
-        value["p50_us"], value["p20_us"], value["p80_us"] = timing.p50, timing.p20, timing.p80
-        value["count"] = timing.count
-    if trial.max_error is not None:
-        value["max_error"] = trial.max_error
-    return value
-
-
-def _trial_from_json(value: Any) -> Trial:
-    timing = None
-    if "p50_us" in value:
-        timing = Timing(
-            float(value["p50_us"]),
-            float(value["p20_us"]),
-            float(value["p80_us"]),
-            int(value["count"]),
-        )
-    config = dict(value["config"])
-    if any(type(v) is not int for v in config.values()):
-        raise InvalidEntryError("config values must be integers")
-    error = value.get("max_error")
-    return Trial(
-        str(value["algorithm"]),
-        config,
-        str(value["status"]),
-        str(value.get("reason", "")),
-        timing,
-        None if error is None else float(error),
-    )
-
-
-def problem_key(operator: str, fields: Mapping[str, Field], source_hash: str) -> str:
-    """Hash naming the file of a tuned problem."""
-    return digest(
-        {
-            "schema": SCHEMA_VERSION,
-            "operator": operator,
-            "problem": dict(fields),
-            "source": source_hash,
-        }
-    )
-
-
-def entry_path(root: Path, env: Environment, operator: str, key: str) -> Path:
-    """Where an entry lives below a table directory."""
-    return root / f"v{SCHEMA_VERSION}" / env.hash / operator / f"{key}.json"
+class NotTunedError(TritonConvError, LookupError):
+    """A call has no tuned entry, and ``settings.require_tuned`` demands one."""
 
 
 def user_directory() -> Path:
     """The writable table directory."""
     return Path(settings.cache_dir) / "tuned"
+
+
+def packaged_directory() -> Path | None:
+    """The folder of packaged bundles."""
+    # Found without importing the tuner's package, which no kernel call needs.
+    spec = find_spec("tritonconv.autotune")
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(places))) / "tuned" if places else None
 
 
 def bucket(value: int) -> int:
@@ -256,127 +112,205 @@ def bucket(value: int) -> int:
     return -(-value // step) * step
 
 
-def _split(
-    fields: Mapping[str, Field],
-) -> tuple[tuple[tuple[str, Field], ...], tuple[tuple[str, int], ...]]:
-    """Categorical and size fields, each in a fixed order."""
-    categorical = []
-    sizes = []
-    for name in sorted(fields):
-        value = fields[name]
-        if type(value) is int:
-            sizes.append((name, value))
-        else:
-            categorical.append((name, value))
-    return tuple(categorical), tuple(sizes)
+@dataclass(frozen=True)
+class _Place:
+    """A problem as lookups see it: what must be equal, and a point in the space of sizes."""
+
+    group: tuple[Any, ...]
+    sizes: tuple[int, ...]
+    text: str
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Field]) -> _Place:
+        names = sorted(fields)
+        sizes = [(name, value) for name in names if type(value := fields[name]) is int]
+        rest = [(name, value) for name in names if type(value := fields[name]) is not int]
+        group = (tuple(rest), tuple(name for name, _ in sizes))
+        return cls(group, tuple(value for _, value in sizes), canonical(fields))
+
+    def in_bucket(self, other: _Place) -> bool:
+        return all(bucket(a) == bucket(b) for a, b in zip(self.sizes, other.sizes, strict=True))
 
 
 @dataclass
 class _OperatorTable:
-    exact: dict[str, tuple[Entry, str]] = field(default_factory=dict)
-    buckets: dict[Any, tuple[Entry, str]] = field(default_factory=dict)
-    groups: dict[Any, list[tuple[tuple[int, ...], Entry, str]]] = field(default_factory=dict)
+    """The entries of an operator that may serve in one environment: one per problem."""
+
+    groups: dict[Any, list[tuple[_Place, Located]]] = field(default_factory=dict)
+
+    def ranked(self, place: _Place) -> list[tuple[_Place, Located]]:
+        """Entries that differ in sizes only, the nearest first; ties in a fixed order."""
+        rows = self.groups.get(place.group, ())
+        return sorted(rows, key=lambda row: (distance(row[0].sizes, place.sizes), row[0].text))
 
 
-def _canonical(fields: Mapping[str, Field]) -> str:
-    return json.dumps(dict(fields), sort_keys=True)
+_MAX_SEEN = 4096
+_NEAREST = 4
+"""So many of the nearest entries are asked whether their winner serves the problem."""
+
+
+def newest(found: Iterable[Located]) -> Located | None:
+    """The entry that was made last: the space and the policy are not asked for."""
+    return max(found, key=lambda located: located.entry.age(), default=None)
 
 
 class TunedTable:
-    """All entries that are valid in one environment, loaded once per operator."""
+    """All entries that may serve in one environment; files are read when a lookup needs them."""
 
-    def __init__(self, env: Environment, directories: tuple[tuple[str, Path], ...]) -> None:
+    def __init__(self, env: Environment, sources: tuple[Source, ...]) -> None:
         self.environment = env
-        self.directories = directories
-        self._tables: dict[str, _OperatorTable] = {}
-        self.missed: dict[tuple[str, str], Problem] = {}
+        self.sources = sources
+        self._tables: dict[tuple[str, str], _OperatorTable] = {}
+        self._hashes: dict[Operator, str] = {}
+        self._found: dict[tuple[Operator, Problem], Found] = {}
+        self._family: tuple[Environment, ...] | None = None
 
-    def entries(self, operator: str) -> Iterator[tuple[Entry, str, Path]]:
-        """Readable entries of an operator with the name of their source, best source first."""
-        for source, root in self.directories:
-            folder = root / f"v{SCHEMA_VERSION}" / self.environment.hash / operator
-            if not folder.is_dir():
-                continue
-            for path in sorted(folder.glob("*.json")):
-                entry = read_entry(path)
-                if entry is not None:
-                    yield entry, source, path
+    def entries(self, operator: str) -> Iterator[Located]:
+        """Readable entries of an operator in this environment, best source first."""
+        for source in self.sources:
+            yield from source.entries(self.environment, operator)
 
-    def _table(self, operator: Operator) -> _OperatorTable:
-        table = self._tables.get(operator.name)
-        if table is None:
-            table = _OperatorTable()
-            current = operator.source_hash()
-            for entry, source, _ in self.entries(operator.name):
-                if entry.source_hash != current:
-                    continue
-                table.exact.setdefault(_canonical(entry.problem), (entry, source))
-                categorical, sizes = _split(entry.problem)
-                bucketed = tuple((name, bucket(size)) for name, size in sizes)
-                table.buckets.setdefault((categorical, bucketed), (entry, source))
-                names = tuple(name for name, _ in sizes)
-                values = tuple(size for _, size in sizes)
-                table.groups.setdefault((categorical, names), []).append((values, entry, source))
-            self._tables[operator.name] = table
-        return table
+    def exact(self, operator: Operator, problem: Problem) -> Iterator[Located]:
+        """The entry of this very problem, with its trials, in every source that has one."""
+        key = problem_key(operator.name, problem.fields(), self._source_hash(operator))
+        for source in self.sources:
+            located = newest(source.exact(self.environment, operator.name, key))
+            if located is not None:
+                yield located
 
     def forget(self, operator: str | None = None) -> None:
-        """Read the files again at the next lookup (after tuning)."""
+        """Read the files of an operator, or of all, again at the next lookup (after tuning)."""
+        for source in self.sources:
+            source.forget(operator)
+        self._family = None
         if operator is None:
-            self._tables.clear()
+            self._tables, self._hashes, self._found = {}, {}, {}
         else:
-            self._tables.pop(operator, None)
+            self._tables = {key: t for key, t in self._tables.items() if key[1] != operator}
+            self._hashes = {o: text for o, text in self._hashes.items() if o.name != operator}
+            self._found = {key: f for key, f in self._found.items() if key[0].name != operator}
 
     def lookup(self, operator: Operator, problem: Problem) -> Choice:
-        """What to run for a problem: exact, bucket, nearest, default."""
-        if settings.autotune != "off":
-            table = self._table(operator)
-            fields = problem.fields()
-            hit = table.exact.get(_canonical(fields))
-            if hit is not None:
-                choice = self._choice(operator, problem, hit, Tier.EXACT)
-                if choice is not None:
-                    return choice
-            categorical, sizes = _split(fields)
-            bucketed = tuple((name, bucket(size)) for name, size in sizes)
-            hit = table.buckets.get((categorical, bucketed))
-            if hit is not None:
-                choice = self._choice(operator, problem, hit, Tier.BUCKET)
-                if choice is not None:
-                    return choice
-            self.missed.setdefault((operator.name, _canonical(fields)), problem)
-            names = tuple(name for name, _ in sizes)
-            values = tuple(size for _, size in sizes)
-            group = table.groups.get((categorical, names), ())
-            for _, entry, source in sorted(
-                group, key=lambda row: (_distance(row[0], values), row[1].key())
-            )[:4]:
-                choice = self._choice(operator, problem, (entry, source), Tier.NEAREST)
-                if choice is not None:
-                    return choice
-        return default_choice(operator, problem, self.environment.device)
+        """What to run for a problem: exact, bucket, nearest, family, default."""
+        return self.find(operator, problem).choice
 
-    @staticmethod
-    def _choice(
-        operator: Operator, problem: Problem, hit: tuple[Entry, str], tier: Tier
-    ) -> Choice | None:
-        """The entry's winner, if it can serve this very problem."""
-        entry, source = hit
-        try:
-            algorithm = operator.algorithm(entry.best.algorithm)
-            config = algorithm.config_type.from_dict(entry.best.config)
-        except ValueError as error:
-            _warn_once(f"tuned entry {entry.key()} of {entry.operator} is ignored: {error}")
-            return None
-        if algorithm.supports(problem) is not None:
-            return None
-        return Choice(algorithm.name, config, tier, source)
+    def find(self, operator: Operator, problem: Problem) -> Found:
+        """:meth:`lookup` with the entry that serves the problem."""
+        if settings.autotune == "off":
+            return Found(default_choice(operator, problem, self.environment.device))
+        memory = self._found
+        found = memory.get((operator, problem))
+        if found is None:
+            if len(memory) >= _MAX_SEEN:
+                memory.clear()
+            found = memory[operator, problem] = self._find(operator, problem)
+        return found
+
+    def _find(self, operator: Operator, problem: Problem) -> Found:
+        for tier, located in self._candidates(operator, problem):
+            choice = _choice_of(operator, problem, located, tier)
+            if choice is not None:
+                slim = replace(located.entry, trials=(), tied=())
+                return Found(choice, replace(located, entry=slim))
+        return Found(default_choice(operator, problem, self.environment.device))
+
+    def _candidates(self, operator: Operator, problem: Problem) -> Iterator[tuple[Tier, Located]]:
+        """Entries in the read order; later steps are computed only when earlier ones fail."""
+        yield from ((Tier.EXACT, located) for located in self.exact(operator, problem))
+        place = _Place.of(problem.fields())
+        ranked = self._table(operator, self.environment).ranked(place)
+        yield from ((Tier.BUCKET, row) for other, row in ranked if place.in_bucket(other))
+        yield from ((Tier.NEAREST, row) for _, row in ranked[:_NEAREST])
+        for env in self.family():
+            ranked = self._table(operator, env).ranked(place)
+            yield from ((Tier.FAMILY, row) for _, row in ranked[:_NEAREST])
+
+    def _source_hash(self, operator: Operator) -> str:
+        known = self._hashes.get(operator)
+        if known is None:
+            known = self._hashes[operator] = operator.source_hash()
+        return known
+
+    def _table(self, operator: Operator, env: Environment) -> _OperatorTable:
+        table = self._tables.get((env.hash, operator.name))
+        if table is None:
+            table = _OperatorTable()
+            for located in self._effective(operator, env):
+                place = _Place.of(located.entry.problem)
+                # Lookups need winners; trials of a whole table would be much memory.
+                slim = replace(located, entry=replace(located.entry, trials=(), tied=()))
+                table.groups.setdefault(place.group, []).append((place, slim))
+            self._tables[env.hash, operator.name] = table
+        return table
+
+    def _effective(self, operator: Operator, env: Environment) -> Iterator[Located]:
+        """The entry that answers for each problem tuned in an environment with these sources."""
+        current = self._source_hash(operator)
+        answered: set[str] = set()
+        for source in self.sources:
+            by_problem: dict[str, list[Located]] = {}
+            for located in source.entries(env, operator.name):
+                if located.entry.source_hash == current:
+                    by_problem.setdefault(canonical(located.entry.problem), []).append(located)
+            for problem in sorted(by_problem.keys() - answered):
+                found = newest(by_problem[problem])
+                assert found is not None
+                yield found
+            answered |= by_problem.keys()
+
+    def family(self) -> tuple[Environment, ...]:
+        """Other environments of the same architecture that have entries, the most alike first."""
+        if self._family is None:
+            own = self.environment
+            others = {
+                env.hash: env
+                for source in self.sources
+                for env in source.environments()
+                if env.device.arch == own.device.arch and env.hash != own.hash
+            }
+            self._family = tuple(
+                sorted(
+                    others.values(),
+                    key=lambda env: (
+                        env.device.name != own.device.name,
+                        env.triton != own.triton,
+                        env.torch != own.torch,
+                        env.ptxas != own.ptxas,
+                        env.hash,
+                    ),
+                )
+            )
+        return self._family
+
+    def answers(self, operator: Operator) -> list[Any]:
+        """What lookups of an operator depend on, as a JSON value."""
+        rows = []
+        for env in (self.environment, *self.family()):
+            winners = sorted(
+                [
+                    canonical(row.entry.problem),
+                    row.entry.best.algorithm,
+                    canonical(row.entry.best.config),
+                ]
+                for row in self._effective(operator, env)
+            )
+            if winners or env == self.environment:
+                rows.append([env.hash, winners])
+        return [operator.name, self._source_hash(operator), rows]
 
 
-def _distance(left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    return sum(
-        (math.log2(max(a, 1)) - math.log2(max(b, 1))) ** 2 for a, b in zip(left, right, strict=True)
-    )
+def _choice_of(operator: Operator, problem: Problem, located: Located, tier: Tier) -> Choice | None:
+    """The entry's winner, if it can serve this very problem."""
+    entry = located.entry
+    try:
+        algorithm = operator.algorithm(entry.best.algorithm)
+        config = algorithm.config_type.from_dict(entry.best.config)
+    except ValueError as error:
+        warn_once(f"tuned entry {entry.key()} of {entry.operator} is ignored: {error}")
+        return None
+    if algorithm.supports(problem) is not None:
+        return None
+    return Choice(algorithm.name, config, tier, located.source)
 
 
 def default_choice(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice:
@@ -386,36 +320,15 @@ def default_choice(operator: Operator, problem: Problem, device: DeviceFacts) ->
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
-
-
-def read_entry(path: Path) -> Entry | None:
-    """Read an entry; a bad file is a miss and one warning."""
-    try:
-        return Entry.from_json(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        _warn_once(f"tuned entry {path.name} cannot be read and is ignored: {error}")
-        return None
-
-
-def _packaged_directory() -> Path | None:
-    # The folder is found without importing the tuner's package, which no kernel call needs.
-    spec = find_spec("tritonconv.autotune")
-    places = spec.submodule_search_locations if spec is not None else None
-    return Path(next(iter(places))) / "tuned" if places else None
-
-
-@functools.cache
 def _table(device: DeviceFacts, cache_dir: Path, cache_path: tuple[Path, ...]) -> TunedTable:
-    directories = [("user", cache_dir / "tuned")]
-    directories += [(f"shared {path}", path) for path in cache_path]
-    packaged = _packaged_directory()
+    sources: list[Source] = [DirectorySource("user", cache_dir / "tuned")]
+    for path in cache_path:
+        kind = BundleSource if path.suffix == ".json" else DirectorySource
+        sources.append(kind(f"shared {path}", path))
+    packaged = packaged_directory()
     if packaged is not None:
-        directories.append(("packaged", packaged))
-    table = TunedTable(environment(device), tuple(directories))
+        sources.append(BundleSource("packaged", packaged))
+    table = TunedTable(environment(device), tuple(sources))
     _LIVE.append(table)
     return table
 
@@ -428,21 +341,42 @@ def tuned_table(device: DeviceFacts) -> TunedTable:
     return _table(device, Path(settings.cache_dir), tuple(settings.cache_path))
 
 
-def _tune_now(operator: Operator, problem: Problem, device: DeviceFacts) -> None:
-    """The one lazy way from the kernels to the tuner, taken only when tuning is switched on."""
-    from importlib import import_module
+def fingerprint(operators: Iterable[str] | None = None, device: DeviceFacts | None = None) -> str:
+    """One hash over what lookups would answer: equal on all ranks if and only if their tables are.
 
-    import_module("tritonconv.autotune.tune").tune_on_the_spot(operator, problem, device)
-    invalidate(operator.name)
+    It covers the device, versions, kernel sources and the winner of every tuned problem; not where
+    an entry was found, nor its timings.
+
+    Args:
+        operators: names; all registered operators when None.
+        device: whose table; the current GPU's when None.
+
+    Example:
+        >>> fingerprint(["conv2d.forward"]) == fingerprint(["conv2d.forward"])
+        True
+    """
+    table = tuned_table(device_facts() if device is None else device)
+    names = sorted(operator_names() if operators is None else operators)
+    answers = []
+    if settings.autotune != "off":
+        answers = [table.answers(_get_operator(name)) for name in names]
+    return digest([table.environment.as_dict(), names, answers])
 
 
-_epoch = 0
-_recordings: list[list[tuple[Operator, Problem]]] = []
+def from_tuner(module: str) -> Any:
+    """A module of the tuner: the one lazy way from the kernels to it.
+
+    Taken only where tuning is switched on, or an explanation is asked for.
+    """
+    return import_module(f"tritonconv.autotune.{module}")
 
 
-def epoch() -> int:
-    """Changes whenever an earlier :func:`choose` may no longer hold; what dispatch caches by."""
-    return _epoch
+_Seen = dict[tuple[int, int, int], tuple[Choice, Operator, Problem, DeviceFacts]]
+_seen: _Seen = {}
+"""Earlier choices by identity: hashing a problem costs more than all the rest of a call's lookup.
+
+An item keeps its objects alive, so that no other object can take their identity.
+"""
 
 
 def invalidate(operator: str | None = None) -> None:
@@ -451,15 +385,15 @@ def invalidate(operator: str | None = None) -> None:
     Args:
         operator: the operator whose entries have changed; all of them when None.
     """
-    global _epoch
     for table in _LIVE:
         table.forget(operator)
-    _epoch += 1
+    _settings_changed()
 
 
 def _settings_changed() -> None:
-    global _epoch
-    _epoch += 1
+    global _seen
+    _seen = {}  # a lookup that is still under way in another thread fills the old one
+    advance()
 
 
 settings.watch(
@@ -471,82 +405,102 @@ settings.watch(
         "deterministic",
         "device_name",
         "fast_launch",
+        "require_tuned",
     ),
     _settings_changed,
 )
 
 
-def note(operator: Operator, problem: Problem) -> None:
-    """Tell the active recordings of a call; dispatch does so where it does not :func:`choose`."""
-    for recording_ in _recordings:
-        recording_.append((operator, problem))
-
-
-@contextmanager
-def recording() -> Iterator[list[tuple[Operator, Problem]]]:
-    """Collect the problems met inside a ``with`` block, in order, repeats possible.
-
-    Dispatch caches are invalidated at the start, so that problems met before are met again.
-    """
-    global _epoch
-    met: list[tuple[Operator, Problem]] = []
-    _recordings.append(met)
-    _epoch += 1
-    try:
-        yield met
-    finally:
-        # By identity: two recordings of the same problems compare equal.
-        _recordings[:] = [other for other in _recordings if other is not met]
-
-
-def is_recording() -> bool:
-    """Whether a :func:`recording` block is active."""
-    return bool(_recordings)
-
-
 def choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice:
-    """Lookup at a call, tuning first when ``settings.autotune == "tune"`` allows it."""
-    if _recordings:
+    """Lookup at a call, tuning first when ``settings.autotune == "tune"`` allows it.
+
+    The same three objects again cost one dictionary lookup.
+
+    Raises:
+        NotTunedError: ``settings.require_tuned`` is set and the call has no exact or bucketed
+            entry.
+    """
+    if RECORDINGS:
         note(operator, problem)
+    hit = _seen.get((id(operator), id(problem), id(device)))
+    if hit is not None:
+        return hit[0]
+    return _choose(operator, problem, device)
+
+
+def _choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice:
+    seen = _seen
     table = tuned_table(device)
     choice = table.lookup(operator, problem)
-    if (
-        settings.autotune == "tune"
-        and choice.tier is not Tier.EXACT
-        and not settings.deterministic
+    final = True
+    if settings.autotune == "tune" and choice.tier is not Tier.EXACT:
+        final = _may_measure()
+        if final:
+            from_tuner("tune").tune_on_the_spot(operator, problem, device)
+            seen = _seen  # a new one, if there is a new entry
+            choice = table.lookup(operator, problem)
+    if choice.tier not in TUNED_TIERS:
+        if settings.require_tuned:
+            raise NotTunedError(describe_miss(table.environment, table.sources, operator, problem))
+        if settings.autotune != "off":
+            missed.record(table.environment, operator, problem)
+    if final:
+        if len(seen) >= _MAX_SEEN:
+            seen.clear()
+        seen[id(operator), id(problem), id(device)] = (choice, operator, problem, device)
+    return choice
+
+
+def _may_measure() -> bool:
+    return (
+        not settings.deterministic
         and not torch.are_deterministic_algorithms_enabled()
         and torch.cuda.is_available()
         and not torch.cuda.is_current_stream_capturing()
-    ):
-        _tune_now(operator, problem, device)
-        choice = table.lookup(operator, problem)
-    return choice
+    )
 
 
 def missed_problems() -> tuple[Problem, ...]:
     """Problems this process ran without an exact or bucketed entry."""
-    return tuple(problem for table in _LIVE for problem in table.missed.values())
+    return tuple(miss.problem for miss in missed.noted())
 
 
 @atexit.register
 def _report_misses() -> None:
-    if not torch.cuda.is_available() or not settings.report_misses:
+    # In the interpreter and on the CPU nothing runs that could be tuned.
+    if not missed.noted() or not settings.report_misses or not torch.cuda.is_available():
         return
-    count = len(missed_problems())
-    if count:
-        print(
-            f"tritonconv: {count} problem(s) ran untuned on this GPU; tune them with "
-            "`autotune tune --model ...` or run once under TRITONCONV_AUTOTUNE=tune",
-            file=sys.stderr,
-        )
+    found: dict[Environment, list[tuple[Operator, Problem]]] = {}
+    for miss in missed.noted():
+        table = tuned_table(miss.environment.device)
+        # Some may have been tuned since.
+        if table.lookup(miss.operator, miss.problem).tier not in TUNED_TIERS:
+            found.setdefault(miss.environment, []).append((miss.operator, miss.problem))
+    count = sum(map(len, found.values()))
+    if not count:
+        return
+    try:
+        for env, pairs in found.items():
+            missed.save(env, pairs)
+    except OSError as error:
+        advice = f"they could not be noted: {error}"
+    else:
+        advice = "`autotune tune --missed` tunes exactly those"
+    print(f"tritonconv: {count} problem(s) ran untuned on this GPU; {advice}", file=sys.stderr)
 
 
 __all__ = [
     "SCHEMA_VERSION",
+    "TUNED_TIERS",
+    "Bundle",
     "Choice",
     "Entry",
     "Environment",
+    "Found",
     "InvalidEntryError",
+    "Located",
+    "NotTunedError",
+    "Resources",
     "Tier",
     "Timing",
     "Trial",
@@ -555,13 +509,19 @@ __all__ = [
     "choose",
     "default_choice",
     "digest",
+    "distance",
+    "entry_key",
     "entry_path",
     "environment",
     "epoch",
+    "fingerprint",
+    "from_tuner",
     "invalidate",
     "is_recording",
     "missed_problems",
+    "newest",
     "note",
+    "packaged_directory",
     "problem_key",
     "read_entry",
     "recording",

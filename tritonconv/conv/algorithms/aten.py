@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 
 from ...codegen.elementwise import apply_into
-from ...codegen.program import Role, ScalarFunction
+from ...codegen.ir import Role
+from ...codegen.program import ScalarFunction
 from ...codegen.registry import program_of
 from ...runtime.compat import cudnn_settings
 from ...runtime.device import DeviceFacts

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from ...runtime.device import DeviceFacts
 from ...runtime.operators import Algorithm
 from ...runtime.plan import LaunchPlan
+from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem
 from .common import TileConfig, unsupported_dtype
+from .footprints import product_footprint
 from .implicit_gemm import plan_of
-from .tiles import tile_configs
+from .tiles import tile_space
 
 
 class Dense(Algorithm):
@@ -26,10 +27,14 @@ class Dense(Algorithm):
             return "groups != 1"
         return unsupported_dtype(problem)
 
-    def configs(self, problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConfig]:
+    def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """Tiles, warps and stages; splits for the gradient of the weight."""
-        return tile_configs(problem, device)
+        return tile_space(problem, device)
 
     def plan(self, problem: ConvProblem, config: TileConfig) -> LaunchPlan:
         """One launch, or two when the gradient of the weight is split."""
         return plan_of(problem, config)
+
+    def footprint(self, problem: ConvProblem, config: TileConfig, device: DeviceFacts) -> Footprint:
+        """Of the product; the sum of partial results is a second launch."""
+        return product_footprint(problem, config, device)

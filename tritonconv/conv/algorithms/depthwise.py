@@ -7,7 +7,7 @@ fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ import triton.language as tl
 from ...runtime.device import DeviceFacts
 from ...runtime.operators import Algorithm, Config
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
+from ...runtime.space import Choice, ConfigSpace, Constraint, Derived, Footprint, PowerOfTwo
 from ..problem import ConvProblem, Direction
 from .common import (
     epilogue_arguments,
@@ -29,8 +30,9 @@ from .common import (
     widen,
     widen_strides,
 )
+from .footprints import depthwise_footprint
 from .implicit_gemm import reduction_call
-from .tiles import needs_bounds
+from .tiles import around, needs_bounds
 
 
 @triton.jit
@@ -366,27 +368,52 @@ class Depthwise(Algorithm):
             return "not one input channel per group"
         return unsupported_dtype(problem)
 
-    def configs(self, problem: ConvProblem, device: DeviceFacts) -> Sequence[DepthwiseConfig]:
+    def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseConfig]:
         """Tiles along the fastest axis of the layout."""
-        channels = max(1, triton.next_power_of_2(problem.out_channels))
+        channels = triton.next_power_of_2(max(1, problem.out_channels))
+        wgrad = problem.direction is Direction.WGRAD
         if problem.x_layout == "contiguous":
-            shapes = [(256, 1), (512, 1), (1024, 1), (128, 1), (128, 4), (256, 4)]
-            if problem.direction is Direction.WGRAD:
-                shapes = [(128, 1), (256, 1), (512, 1), (64, 4), (128, 4)]
+            block_p = PowerOfTwo("block_p", 64, 512 if wgrad else 1024)
+            block_c = PowerOfTwo("block_c", 1, min(4, channels))
+            first = (128 if wgrad else 256, 1)
         else:
             # Long columns of pixels: a thread loads its weights one by one and amortises them.
-            shapes = [(64, 64), (32, 64), (128, 64), (128, 32), (64, 32), (16, 128), (256, 32)]
-            if problem.direction is Direction.WGRAD:
-                shapes = [(16, 64), (32, 64), (8, 64), (32, 32), (16, 32), (8, 128), (64, 32)]
-        space: list[DepthwiseConfig] = []
-        for block_p, block_c in shapes:
-            width = min(block_c, channels)
-            for warps in (4, 2, 8):
-                split = self._split(problem, width, device)
-                config = DepthwiseConfig(block_p, width, warps, split)
-                if config not in space:
-                    space.append(config)
-        return space
+            block_p = PowerOfTwo("block_p", 8, 64) if wgrad else PowerOfTwo("block_p", 16, 256)
+            block_c = PowerOfTwo("block_c", min(32, channels), min(128, channels))
+            first = (16 if wgrad else 64, min(64, channels))
+
+        @functools.cache
+        def splits(block_c: int) -> tuple[int, ...]:
+            return around(self._split(problem, block_c, device))
+
+        split = Derived("split", splits) if wgrad else Choice("split", (1,))
+        return ConfigSpace(
+            DepthwiseConfig,
+            (block_p, block_c, PowerOfTwo("num_warps", 1, 8), split),
+            (
+                Constraint(
+                    "registers",
+                    "more than 128 elements of the tile in a thread",
+                    lambda block_p, block_c, num_warps: block_p * block_c <= 4096 * num_warps,
+                ),
+                Constraint(
+                    "splits",
+                    "a split of the pixels would be less than one block of them",
+                    lambda block_p, split: (
+                        split <= max(1, triton.cdiv(problem.out_pixels, block_p))
+                    ),
+                ),
+            ),
+            DepthwiseConfig(*first, 4, self._split(problem, first[1], device)),
+        )
+
+    def footprint(
+        self, problem: ConvProblem, config: DepthwiseConfig, device: DeviceFacts
+    ) -> Footprint:
+        """Of the direct kernel, which multiplies on scalar units."""
+        return depthwise_footprint(
+            problem, config.block_p, config.block_c, config.num_warps, config.split, device
+        )
 
     @staticmethod
     def _split(problem: ConvProblem, block_c: int, device: DeviceFacts) -> int:

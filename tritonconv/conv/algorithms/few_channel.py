@@ -6,17 +6,18 @@ the flattened window a 7×7 stem fills 147 of 160.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from ...runtime.device import DeviceFacts
 from ...runtime.operators import Algorithm
 from ...runtime.plan import LaunchPlan
+from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction
 from .common import TileConfig, unsupported_dtype
+from .footprints import product_footprint, window_footprint
 from .implicit_gemm import wgrad_plan
-from .tiles import tile_configs
-from .windows import window_configs, window_forward_plan
+from .tiles import tile_space
+from .windows import window_forward_plan, window_space
 
 MAX_CHANNELS = 8
 
@@ -37,14 +38,20 @@ class FewChannel(Algorithm):
             return "the gradient of the input is a dense product"
         return unsupported_dtype(problem)
 
-    def configs(self, problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConfig]:
+    def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """Tiles over the flattened window."""
         if problem.direction is Direction.WGRAD:
-            return tile_configs(problem, device)
-        return window_configs(problem)
+            return tile_space(problem, device)
+        return window_space(problem, device)
 
     def plan(self, problem: ConvProblem, config: TileConfig) -> LaunchPlan:
         """One launch forward; the weight's columns are the flattened window already."""
         if problem.direction is Direction.WGRAD:
             return wgrad_plan(problem, config)
         return window_forward_plan(problem, config)
+
+    def footprint(self, problem: ConvProblem, config: TileConfig, device: DeviceFacts) -> Footprint:
+        """Of the product over windows."""
+        if problem.direction is Direction.WGRAD:
+            return product_footprint(problem, config, device)
+        return window_footprint(problem, config, device)

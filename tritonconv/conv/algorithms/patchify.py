@@ -6,7 +6,6 @@ products between output pixels and flattened windows, without zero work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import triton
@@ -15,6 +14,7 @@ import triton.language as tl
 from ...runtime.device import DeviceFacts
 from ...runtime.operators import Algorithm
 from ...runtime.plan import KernelCall, LaunchPlan, Slot
+from ...runtime.space import Choice, ConfigSpace, Footprint, Int, PowerOfTwo
 from ..problem import ConvProblem, Direction
 from .common import (
     TileConfig,
@@ -27,9 +27,10 @@ from .common import (
     widen,
     widen_strides,
 )
+from .footprints import patch_dgrad_footprint, product_footprint, window_footprint
 from .implicit_gemm import wgrad_plan
-from .tiles import flat_rows, tile_configs
-from .windows import flat_filters, window_configs, window_forward_plan
+from .tiles import flat_rows, order_constraint, power_of_two, tile_constraints, tile_space
+from .windows import flat_filters, window_forward_plan, window_space
 
 
 @triton.jit
@@ -156,23 +157,28 @@ class Patchify(Algorithm):
             return "kernel != stride, or padding, or dilation"
         return unsupported_dtype(problem)
 
-    def configs(self, problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConfig]:
+    def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """Tiles over the flattened window."""
         if problem.direction is Direction.FORWARD:
-            return window_configs(problem)
+            return window_space(problem, device)
         if problem.direction is Direction.WGRAD:
-            return tile_configs(problem, device)
-        block_n = max(16, min(128, triton.next_power_of_2(problem.taps * problem.in_channels)))
-        default = TileConfig(128, min(64, block_n), 32, 4, 3)
-        space = [default]
-        for block_m in (64, 128):
-            for columns in sorted({min(64, block_n), block_n}):
-                for block_k in (32, 64):
-                    for stages in (2, 3, 4):
-                        config = TileConfig(block_m, columns, block_k, 4, stages)
-                        if config not in space:
-                            space.append(config)
-        return space
+            return tile_space(problem, device)
+        columns = problem.taps * problem.in_channels
+        block_n = power_of_two(columns, 16, 128)
+        return ConfigSpace(
+            TileConfig,
+            (
+                Int("num_stages", 2, 4),
+                PowerOfTwo("num_warps", 2, 8),
+                PowerOfTwo("block_m", 32, 256),
+                PowerOfTwo("block_n", 16, power_of_two(columns, 16, 256)),
+                PowerOfTwo("block_k", 32, 64),
+                Choice("group_m", (8, 1)),
+                Choice("split_k", (1,)),
+            ),
+            (*tile_constraints(), order_constraint(problem, device, problem.out_pixels, columns)),
+            TileConfig(128, min(64, block_n), 32, 4, 3),
+        )
 
     def plan(self, problem: ConvProblem, config: TileConfig) -> LaunchPlan:
         """One matrix product; input elements outside every window get a zero gradient."""
@@ -213,3 +219,11 @@ class Patchify(Algorithm):
             )
         )
         return LaunchPlan((call,), slot_dtypes(problem), zeroed=() if covered else ("grad_input",))
+
+    def footprint(self, problem: ConvProblem, config: TileConfig, device: DeviceFacts) -> Footprint:
+        """Of the product over windows."""
+        if problem.direction is Direction.FORWARD:
+            return window_footprint(problem, config, device)
+        if problem.direction is Direction.WGRAD:
+            return product_footprint(problem, config, device)
+        return patch_dgrad_footprint(problem, config, device)

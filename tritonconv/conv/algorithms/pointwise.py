@@ -11,6 +11,7 @@ import triton.language as tl
 from ...runtime.device import DeviceFacts
 from ...runtime.operators import Algorithm
 from ...runtime.plan import KernelCall, LaunchPlan, Slot
+from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction
 from .common import (
     TileConfig,
@@ -24,8 +25,9 @@ from .common import (
     widen,
     widen_strides,
 )
+from .footprints import pointwise_footprint
 from .implicit_gemm import wgrad_plan
-from .tiles import product_shape, tile_configs
+from .tiles import product_shape, tile_space
 
 
 @triton.jit
@@ -152,9 +154,9 @@ class Pointwise(Algorithm):
             return "the rows of the output map do not follow each other"
         return unsupported_dtype(problem)
 
-    def configs(self, problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConfig]:
+    def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """The tiles of a matrix product."""
-        return tile_configs(problem, device)
+        return tile_space(problem, device)
 
     def plan(self, problem: ConvProblem, config: TileConfig) -> LaunchPlan:
         """One matrix product; the gradient of the weight is split over pixels."""
@@ -205,3 +207,7 @@ class Pointwise(Algorithm):
             config.num_stages,
         )
         return LaunchPlan((call,), slot_dtypes(problem))
+
+    def footprint(self, problem: ConvProblem, config: TileConfig, device: DeviceFacts) -> Footprint:
+        """Of the matrix product."""
+        return pointwise_footprint(problem, config, device)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import triton
 
 from ...runtime.device import DeviceFacts
+from ...runtime.space import Choice, ConfigSpace, Constraint, Derived, Int, Parameter, PowerOfTwo
 from ..problem import ConvProblem, Direction
 from .common import TileConfig
 
@@ -72,15 +72,11 @@ def wgrad_split(problem: ConvProblem, block_m: int, block_n: int, sm_count: int)
     return min(range(1, most + 1), key=lambda split: (seconds(split), split))
 
 
-def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConfig]:
-    """Config space of an implicit matrix product; the first entry is the heuristic default."""
+def tile_default(problem: ConvProblem, device: DeviceFacts) -> TileConfig:
+    """The heuristic default of an implicit matrix product: what an untuned call runs."""
     rows, columns, depth = product_shape(problem)
     wide_type = problem.dtype is torch.float32
-    n_max = 64 if wide_type else 128
-    if problem.direction is Direction.WGRAD and problem.channels_per_group % 16 == 0:
-        # A column tile inside one tap is loaded in whole rows under a mask of one axis.
-        n_max = math.gcd(problem.channels_per_group, n_max)
-    block_n = power_of_two(columns, 16, n_max)
+    block_n = power_of_two(columns, 16, _most_columns(problem))
     depth_max = 32 if wide_type else 64
     block_k = power_of_two(depth, 16, depth_max)
     block_m = power_of_two(rows, 16, 128)
@@ -97,54 +93,124 @@ def tile_configs(problem: ConvProblem, device: DeviceFacts) -> Sequence[TileConf
         while block_n > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor // 2:
             block_n //= 2
     warps = 8 if block_m * block_n >= 128 * 128 else 4
+    split = 1
     if problem.direction is Direction.WGRAD:
         warps = 4
-    default = _config(problem, device, block_m, block_n, block_k, warps, 3)
-    space = [default]
-    if problem.precision == "ieee" and wide_type:
-        tiles = [
-            (64, 64, 16, 4),
-            (128, 64, 16, 8),
-            (64, 32, 32, 4),
-            (32, 64, 16, 4),
-            (32, 32, 32, 4),
-        ]
-    else:
-        tiles = [
-            (128, 128, 64, 8),
-            (128, 128, 64, 4),
-            (128, 128, 32, 4),
-            (256, 64, 64, 8),
-            (256, 128, 64, 8),
-            (128, 256, 64, 8),
-            (128, 64, 64, 4),
-            (64, 128, 64, 4),
-            (64, 64, 64, 4),
-            (64, 32, 64, 4),
-            (32, 64, 64, 4),
-            (32, 32, 64, 2),
-            (128, 32, 32, 4),
-            (128, 16, 32, 4),
-        ]
-    for tile_m, tile_n, tile_k, tile_warps in tiles:
-        if tile_n >= 2 * triton.next_power_of_2(max(columns, 16)):
-            continue
-        if problem.direction is Direction.WGRAD and n_max < tile_n and not flat_rows(problem):
-            continue
-        if tile_m >= 2 * triton.next_power_of_2(max(rows, 16)):
-            continue
-        bounded_k = min(tile_k, power_of_two(depth, 16, 128))
-        for stages in (2, 3, 4):
-            config = _config(problem, device, tile_m, tile_n, bounded_k, tile_warps, stages)
-            if config not in space and _fits(problem, config, device):
-                space.append(config)
-    if problem.direction is Direction.WGRAD:
-        for base in tuple(space[:4]):
-            for split in (base.split_k // 2, base.split_k * 2):
-                config = replace(base, split_k=max(1, split))
-                if config not in space:
-                    space.append(config)
-    return space
+        split = wgrad_split(problem, block_m, block_n, device.sm_count)
+    return TileConfig(block_m, block_n, block_k, warps, 3, split_k=split)
+
+
+def tile_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
+    """Config space of an implicit matrix product; its default is :func:`tile_default`."""
+    rows, columns, depth = product_shape(problem)
+    scalar = problem.dtype is torch.float32 and problem.precision == "ieee"
+    most_rows = triton.next_power_of_2(max(rows, 16))
+    most_columns = triton.next_power_of_2(max(columns, 16))
+    half = problem.dtype.itemsize == 2
+    wgrad = problem.direction is Direction.WGRAD
+    k_max = 32 if scalar else 128 if half and not wgrad else 64
+    k_most = power_of_two(depth, 16, k_max)
+    parameters: list[Parameter] = [
+        Int("num_stages", 2, 4),
+        PowerOfTwo("num_warps", 2, 8),
+        PowerOfTwo("block_m", min(32, most_rows), min(256, most_rows)),
+        PowerOfTwo("block_n", 16, min(256, most_columns)),
+        PowerOfTwo("block_k", min(32, k_most) if half else 16, k_most),
+        # A split reduction has few tiles, whose order matters little.
+        Choice("group_m", (8,) if wgrad else (8, 1)),
+    ]
+    constraints = [
+        *tile_constraints(),
+        order_constraint(problem, device, rows, columns),
+        Constraint(
+            "aspect",
+            "a tile that long and narrow reads more than it multiplies",
+            # Unless it is as narrow as the whole product.
+            lambda block_m, block_n: (
+                (block_m <= 8 * block_n or block_n >= most_columns)
+                and (block_n <= 4 * block_m or block_m >= most_rows)
+            ),
+        ),
+    ]
+    if scalar:
+        constraints.append(
+            Constraint(
+                "scalar products",
+                "IEEE products run on scalar units, for which a large tile only spills",
+                lambda block_m, block_n: block_m * block_n <= 128 * 64,
+            )
+        )
+    if not wgrad:
+        parameters.append(Choice("split_k", (1,)))
+        return ConfigSpace(
+            TileConfig, tuple(parameters), tuple(constraints), tile_default(problem, device)
+        )
+    if not flat_rows(problem):
+        widest = _most_columns(problem)
+        constraints.append(
+            Constraint(
+                "one tap",
+                "a tile of columns that spans filter taps gathers them one by one",
+                lambda block_n: block_n <= widest,
+            )
+        )
+
+    @functools.cache
+    def splits(block_m: int, block_n: int) -> tuple[int, ...]:
+        return around(wgrad_split(problem, block_m, block_n, device.sm_count))
+
+    parameters.append(Derived("split_k", splits))
+    constraints.append(
+        Constraint(
+            "splits",
+            "a split of the pixels would be less than one block of them",
+            lambda block_k, split_k: split_k <= max(2, triton.cdiv(depth, block_k)),
+        )
+    )
+    return ConfigSpace(
+        TileConfig, tuple(parameters), tuple(constraints), tile_default(problem, device)
+    )
+
+
+def tile_constraints() -> tuple[Constraint, ...]:
+    """Constraints on tiles and warps that hold for every product on matrix instructions."""
+    return (
+        Constraint(
+            "accumulator",
+            "the accumulator would take more than half of a thread's registers",
+            lambda num_warps, block_m, block_n: (
+                block_m * block_n <= (4096 if num_warps < 4 else 4096 * num_warps)
+            ),
+        ),
+        Constraint(
+            "threads",
+            "too few elements of the tile for so many threads",
+            # Four warps are one unit of the matrix instructions, whatever the tile.
+            lambda num_warps, block_m, block_n: (
+                num_warps == 4 or block_m * block_n >= (8192 if num_warps > 4 else 1024)
+            ),
+        ),
+    )
+
+
+def order_constraint(
+    problem: ConvProblem, device: DeviceFacts, rows: int, columns: int
+) -> Constraint:
+    """Where the order in which tiles are computed can make a difference."""
+    large = 2 * problem.bytes_moved() > device.l2_bytes
+    return Constraint(
+        "order",
+        "the tensors stay in the L2 cache, or there is one row or column of tiles: "
+        "their order makes no difference",
+        lambda group_m, block_m, block_n: (
+            group_m == 8 or (large and columns > block_n and rows > block_m)
+        ),
+    )
+
+
+def around(estimate: int) -> tuple[int, int, int]:
+    """An estimate, half of it and twice of it (or twice and four times one), all distinct."""
+    return (1, 2, 4) if estimate <= 1 else (estimate, estimate // 2, 2 * estimate)
 
 
 def product_shape(problem: ConvProblem) -> tuple[int, int, int]:
@@ -162,22 +228,10 @@ def _tiles(problem: ConvProblem, rows: int, columns: int, block_m: int, block_n:
     return problem.groups * triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
 
 
-def _config(
-    problem: ConvProblem,
-    device: DeviceFacts,
-    block_m: int,
-    block_n: int,
-    block_k: int,
-    num_warps: int,
-    num_stages: int,
-) -> TileConfig:
-    split = 1
-    if problem.direction is Direction.WGRAD:
-        split = wgrad_split(problem, block_m, block_n, device.sm_count)
-    return TileConfig(block_m, block_n, block_k, num_warps, num_stages, split_k=split)
-
-
-def _fits(problem: ConvProblem, config: TileConfig, device: DeviceFacts) -> bool:
-    """Whether the pipelined operand tiles can fit in shared memory at all."""
-    tile = (config.block_m + config.block_n) * config.block_k * problem.dtype.itemsize
-    return tile * max(1, config.num_stages - 1) <= device.shared_bytes
+def _most_columns(problem: ConvProblem) -> int:
+    """Widest tile of columns that the default and, for gathered columns, the space consider."""
+    widest = 64 if problem.dtype is torch.float32 else 128
+    if problem.direction is Direction.WGRAD and problem.channels_per_group % 16 == 0:
+        # A column tile inside one tap is loaded in whole rows under a mask of one axis.
+        widest = math.gcd(problem.channels_per_group, widest)
+    return widest

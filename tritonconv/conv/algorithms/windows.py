@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...runtime.device import DeviceFacts
 from ...runtime.plan import KernelCall, LaunchPlan, Slot
+from ...runtime.space import Choice, ConfigSpace, Int, PowerOfTwo
 from ..problem import ConvProblem
 from .common import (
     TileConfig,
@@ -20,7 +22,7 @@ from .common import (
     widen,
     widen_strides,
 )
-from .tiles import flat_rows, needs_bounds
+from .tiles import flat_rows, needs_bounds, order_constraint, power_of_two, tile_constraints
 
 
 @triton.jit
@@ -223,26 +225,28 @@ def window_forward_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
     return LaunchPlan((call,), slot_dtypes(problem))
 
 
-def window_configs(problem: ConvProblem) -> list[TileConfig]:
-    """Tiles for a reduction over the flattened window; the first is the default."""
+def window_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
+    """Tiles for a reduction over the flattened window."""
     depth = problem.taps * problem.in_channels
-    block_k = max(16, min(32, triton.next_power_of_2(depth)))
     half = problem.dtype.itemsize == 2
-    if depth % 64 == 0 and half:
-        block_k = 64
-    block_n = max(16, min(128 if half else 64, triton.next_power_of_2(problem.out_channels)))
+    block_k = 64 if depth % 64 == 0 and half else power_of_two(depth, 16, 32)
+    block_n = power_of_two(problem.out_channels, 16, 128 if half else 64)
     small = problem.out_pixels < 64 * 132
-    space = [TileConfig(64 if small else 128, block_n, block_k, 4, 3)]
-    for block_m in (64, 128, 256):
-        for columns in (16, 32, 64, 128):
-            if columns > max(16, 2 * triton.next_power_of_2(problem.out_channels)):
-                continue
-            for rows_k in (16, 32, 64):
-                if rows_k > max(16, triton.next_power_of_2(depth)):
-                    continue
-                for stages in (2, 4):
-                    warps = 8 if block_m * columns >= 128 * 128 else 4
-                    config = TileConfig(block_m, columns, rows_k, warps, stages)
-                    if config not in space:
-                        space.append(config)
-    return space
+    widest = triton.next_power_of_2(problem.out_channels)
+    return ConfigSpace(
+        TileConfig,
+        (
+            Int("num_stages", 2, 4),
+            PowerOfTwo("num_warps", 2, 8),
+            PowerOfTwo("block_m", 32, 256),
+            PowerOfTwo("block_n", 16, power_of_two(2 * widest, 16, 128)),
+            PowerOfTwo("block_k", 16, power_of_two(depth, 16, 64)),
+            Choice("group_m", (8, 1)),
+            Choice("split_k", (1,)),
+        ),
+        (
+            *tile_constraints(),
+            order_constraint(problem, device, problem.out_pixels, problem.out_channels),
+        ),
+        TileConfig(64 if small else 128, block_n, block_k, 4, 3),
+    )

@@ -1,4 +1,4 @@
-"""Tune on all GPUs of one host: a thread for each, taking problems from one queue."""
+"""Tune on all GPUs of one host: a thread and a laboratory each, problems from one queue."""
 
 from __future__ import annotations
 
@@ -6,41 +6,21 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
-
-import torch
 
 from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.operators import Operator, Problem
 
+from .compiling import CompilePool
+from .laboratory import Setup, close_lab
 from .measure import Lab
+from .report import Options, Progress, Report, TuningInterrupted, TuningStoppedError
 from .search import Outcome
+from .session import Compiler, Session
 from .space import Candidate
 from .store import Store
-from .tune import (
-    Options,
-    Progress,
-    Report,
-    Result,
-    TuningInterrupted,
-    TuningStoppedError,
-    tune_pairs,
-    unique_pairs,
-)
+from .tune import LookAhead, run_session, unique_pairs
 
 Pair = tuple[Operator, Problem]
-
-
-def default_lab(device: torch.device | int | None = None) -> Lab:
-    """A measuring process on a GPU."""
-    lab: Lab = import_module(f"{__package__}.isolated").WorkerLab(device)
-    return lab
-
-
-def gpus_of_this_host() -> tuple[int, ...]:
-    """Indices of the GPUs of the same name as the first."""
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return tuple(index for index, name in enumerate(names) if name == names[0])
 
 
 def tune_on_gpus(
@@ -52,17 +32,19 @@ def tune_on_gpus(
     options: Options | None = None,
     progress: Progress | None = None,
     store: Store | None = None,
+    setup: Setup | None = None,
 ) -> list[Report]:
     """Tune on several GPUs of this host at once: one thread each, problems from one queue.
 
     Args:
         pairs: operators and problems; repeats are tuned once.
         devices: indices of GPUs of the same name.
-        make_lab: makes the laboratory of a GPU; a measuring process when None.
+        make_lab: makes the laboratory of a GPU; what ``setup`` makes when None.
         budget_s: seconds for all of it.
         options: as for :func:`~tritonconv.autotune.tune.tune`.
         progress: told of every step, by one thread at a time.
         store: where entries go.
+        setup: the measuring processes, and the compiling processes that all GPUs share.
 
     Returns:
         One report per problem, in their order. What a GPU that failed left behind was done by
@@ -75,43 +57,48 @@ def tune_on_gpus(
     """
     if not devices:
         raise bad_value("devices", "at least one GPU", list(devices))
-    crew = Crew(unique_pairs(pairs), budget_s, options, progress or Progress(), store or Store())
+    setup = setup or Setup()
+    crew = _Crew(
+        unique_pairs(pairs),
+        budget_s,
+        options or Options(),
+        progress or Progress(),
+        store or Store(),
+    )
+    pool: CompilePool | None = None
     labs: dict[int, Lab] = {}
     names: dict[int, str] = {}
     try:
         for device in devices:
             try:
-                labs[device] = (make_lab or default_lab)(device)
+                labs[device] = (make_lab or setup.lab)(device)
                 names[device] = labs[device].facts.name
             except Exception as error:  # this GPU is out; the others tune
                 crew.failures[device] = error
         if len(set(names.values())) > 1:
             raise bad_value("devices", "GPUs of one name", names)
+        if make_lab is None and labs:
+            pool = crew.compiler = setup.pool(next(iter(labs.values())).facts)
         return crew.work({device: labs[device] for device in names})
     finally:
+        if pool is not None:
+            pool.close()
         for lab in labs.values():
             close_lab(lab)
-
-
-def close_lab(lab: Lab) -> None:
-    """Close a laboratory that can be closed."""
-    close: Callable[[], None] | None = getattr(lab, "close", None)
-    if close is not None:
-        close()
 
 
 class _Stopped(KeyboardInterrupt):
     """Ends a thread's tuning between two candidates."""
 
 
-class Crew:
+class _Crew:
     """The threads of :func:`tune_on_gpus` and what they share."""
 
     def __init__(
         self,
         plan: Sequence[Pair],
         budget_s: float | None,
-        options: Options | None,
+        options: Options,
         progress: Progress,
         store: Store,
     ) -> None:
@@ -119,6 +106,8 @@ class Crew:
         self.options = options
         self.progress = progress
         self.store = store
+        self.compiler: Compiler | None = None
+        self.sessions: list[Session] = []
         self.deadline = None if budget_s is None else time.monotonic() + budget_s
         self.lock = threading.RLock()
         self.stop = threading.Event()
@@ -133,6 +122,10 @@ class Crew:
     def work(self, labs: Mapping[int, Lab]) -> list[Report]:
         """Run the threads until nothing is left to do, or nobody to do it."""
         self.progress.begin(len(self.plan))
+        if labs:
+            lab = next(iter(labs.values()))  # to begin with; a session runs on the lab it gets
+            self.sessions = [self._session(index, lab) for index in range(len(self.plan))]
+            self.ahead = LookAhead(self.sessions)
         while True:
             sound = {device: lab for device, lab in labs.items() if device not in self.failures}
             if not sound or self.todo.empty():
@@ -174,14 +167,11 @@ class Crew:
             except queue.Empty:
                 return
             try:
-                (report,) = tune_pairs(
-                    [self.plan[index]],
-                    budget_s=self._share(),
-                    options=self.options,
-                    progress=_OneOf(self, index),
-                    store=self.store,
-                    lab=lab,
-                )
+                with self.lock:
+                    self.ahead.feed(index)
+                    session = self.sessions[index]
+                    session.lab = lab
+                report = run_session(session, index, self._share())
             except KeyboardInterrupt:
                 return
             except Exception as error:
@@ -205,33 +195,22 @@ class Crew:
             self.working -= 1
             self.failures[device] = error
             if index in self.blamed:
-                self.reports[index] = self._failed(index, error)
+                self.reports[index] = self.sessions[index].failed(error)
             else:
                 self.blamed[index] = error
+                self.sessions[index] = self._session(index, self.sessions[index].lab)
                 self.todo.put(index)
 
-    def _failed(self, index: int, error: Exception) -> Report:
+    def _session(self, index: int, lab: Lab) -> Session:
         operator, problem = self.plan[index]
-        return Report(
-            operator=operator.name,
-            problem=problem,
-            result=Result.FAILED,
-            entry=None,
-            path=None,
-            space_size=0,
-            planned=0,
-            measured=0,
-            complete=False,
-            rejected=(),
-            wall_s=0.0,
-            reason=f"{type(error).__name__}: {error}",
-        )
+        progress = _OneOf(self, index)
+        return Session(operator, problem, lab, self.store, self.options, progress, self.compiler)
 
 
 class _OneOf(Progress):
     """Passes on the progress of one problem, under the lock and with its own index."""
 
-    def __init__(self, crew: Crew, index: int) -> None:
+    def __init__(self, crew: _Crew, index: int) -> None:
         self.crew = crew
         self.index = index
 

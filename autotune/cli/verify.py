@@ -1,0 +1,137 @@
+"""``autotune verify``: check stored winners numerically again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tritonconv.runtime.entries import Entry
+from tritonconv.runtime.operators import operator_names
+from tritonconv.runtime.tables import environment, newest, tuned_table
+
+from ..bundle import load_tables
+from ..measure import CudaLab
+from ..space import describe
+from ..verify import Standing, Verified
+from ..verify import quick as one_per_kernel
+from ..verify import verify as verify_entries
+from .common import (
+    CacheDirOption,
+    ExitCode,
+    JsonOption,
+    NoColorOption,
+    OpOption,
+    QuietOption,
+    VerboseOption,
+    expand_operators,
+    fields_text,
+    setup,
+    table,
+)
+
+
+def verify(
+    tables: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[TABLE]...", help="Bundles; by default all that lookups read."),
+    ] = None,
+    op: OpOption = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One problem per kernel and config, the smallest.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the tensors.")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 7 when some could not be checked.")
+    ] = False,
+    json_: JsonOption = False,
+    cache_dir: CacheDirOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = 0,
+    no_color: NoColorOption = False,
+) -> None:
+    """Run the winners of tuned entries and compare their results with float64."""
+    out = setup(as_json=json_, cache_dir=cache_dir, quiet=quiet, verbose=verbose, no_color=no_color)
+    names = set(expand_operators([op]) if op else operator_names())
+    lab = CudaLab()
+    env = environment(lab.facts)
+    if tables:
+        bundles = [bundle for path in tables for bundle in load_tables(path)]
+        entries = [e for b in bundles if dict(b.environment) == env.as_dict() for e in b.entries]
+        elsewhere = sum(len(b.entries) for b in bundles) - len(entries)
+        if elsewhere:
+            out.say(f"{elsewhere} entries of other devices or versions are left out")
+    else:
+        entries = _served(lab.facts, names)
+    entries = [entry for entry in entries if not op or entry.operator in names]
+    if quick:
+        entries = one_per_kernel(entries)
+    count = 0
+
+    def tell(verdict: Verified) -> None:
+        nonlocal count
+        count += 1
+        entry = verdict.entry
+        text = f"{entry.operator} {fields_text(entry.problem)}: {verdict.standing}"
+        out.say(f"[{count}/{len(entries)}] {text} {verdict.reason}".rstrip())
+
+    results = verify_entries(entries, lab, seed=seed, progress=tell)
+    shown = table("", "operator", "problem", "kernel", "error>", "budget>", "why")
+    for row in results:
+        if row.standing is not Standing.PASSED or out.verbosity >= 1:
+            shown.add_row(*_cells(row))
+    counts = {str(s): sum(row.standing is s for row in results) for s in Standing}
+    summary = ", ".join(f"{number} {name}" for name, number in counts.items())
+    payload = {
+        "device": lab.facts.as_dict(),
+        "counts": counts,
+        "results": [_result_json(row) for row in results],
+    }
+    out.result(payload, *([shown] if shown.row_count else []), summary)
+    if counts[Standing.WRONG]:
+        out.say("wrong entries stay in use until they are tuned again: `autotune tune --force`")
+        raise typer.Exit(ExitCode.NUMERIC)
+    if strict and counts[Standing.SKIPPED]:
+        raise typer.Exit(ExitCode.PARTIAL)
+
+
+def _served(facts: Any, names: set[str]) -> list[Entry]:
+    """The entries that lookups take: the newest of the first table that has the problem."""
+    tuned = tuned_table(facts)
+    found: list[Entry] = []
+    for name in sorted(names):
+        by_problem: dict[str, list[Any]] = {}
+        for located in tuned.entries(name):
+            by_problem.setdefault(located.entry.problem_key(), []).append(located)
+        for rows in by_problem.values():
+            first = newest(row for row in rows if row.source == rows[0].source)
+            assert first is not None
+            found.append(first.entry)
+    return found
+
+
+def _cells(row: Verified) -> tuple[str, ...]:
+    accuracy = row.accuracy
+    return (
+        str(row.standing),
+        row.entry.operator,
+        fields_text(row.entry.problem),
+        describe(row.entry.best.algorithm, row.entry.best.config),
+        "-" if accuracy is None else f"{accuracy.error:.1e}",
+        "-" if accuracy is None else f"{accuracy.budget:.1e}",
+        row.reason,
+    )
+
+
+def _result_json(row: Verified) -> dict[str, Any]:
+    accuracy = row.accuracy
+    return {
+        "operator": row.entry.operator,
+        "problem": dict(row.entry.problem),
+        "best": {"algorithm": row.entry.best.algorithm, "config": dict(row.entry.best.config)},
+        "standing": str(row.standing),
+        "reason": row.reason,
+        "error": None if accuracy is None else accuracy.error,
+        "budget": None if accuracy is None else accuracy.budget,
+    }

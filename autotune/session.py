@@ -1,0 +1,450 @@
+"""Tuning of one problem: what is known already, the search, the finalists, the entry.
+
+A session is begun some time before its candidates are measured, so that its first candidates are
+compiled while another problem is on the GPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tritonconv.runtime.accuracy import Accuracy
+from tritonconv.runtime.entries import Resources
+from tritonconv.runtime.operators import Operator, Problem
+from tritonconv.runtime.tables import Entry, Environment, Timing, Trial, environment
+
+from .compiling import CompileResult
+from .hardware import compiled_limits
+from .measure import CandidateError, Lab, Timer, TurnError, first_round, take_turns
+from .report import Check, Options, Progress, Report, Result
+from .search import (
+    Budget,
+    Failure,
+    Outcome,
+    Searched,
+    Status,
+    Strategy,
+    make_strategy,
+    search,
+    settled,
+)
+from .seeds import nearest_winners
+from .space import Candidate, CandidateKey, Space, space
+from .store import Store, elect, trial_key
+
+FINALISTS = 5
+
+_FAILED = tuple(status for status in Status if status not in (Status.OK, Status.TIMED))
+
+
+class Compiler(Protocol):
+    """Compiles candidates ahead of their measurement, in parallel."""
+
+    def submit(self, operator: Operator, problem: Problem, candidates: Iterable[Candidate]) -> None:
+        """Start compiling."""
+        ...
+
+    def results(
+        self, operator: Operator, problem: Problem, candidates: Iterable[Candidate]
+    ) -> Iterator[tuple[Candidate, CompileResult | Failure]]:
+        """Candidates as they are compiled, whether submitted before or not."""
+        ...
+
+
+@dataclass
+class Session:
+    """Tuning of one problem.
+
+    Attributes:
+        operator, problem: what is tuned.
+        lab: where candidates run.
+        store: where entries are.
+        options: what was asked for.
+        progress: told of every step.
+        compiler: compiles ahead; candidates are compiled where they run when None.
+    """
+
+    operator: Operator
+    problem: Problem
+    lab: Lab
+    store: Store
+    options: Options
+    progress: Progress
+    compiler: Compiler | None = None
+    env: Environment = field(init=False)
+    space: Space = field(init=False)
+    old: Entry | None = field(init=False, default=None)
+    trials: dict[CandidateKey, Trial] = field(init=False, default_factory=dict)
+    _strategy: Strategy = field(init=False)
+    _first: tuple[Candidate, ...] = field(init=False, default=())
+    _begun: bool = field(init=False, default=False)
+    _finished: bool = field(init=False, default=False)
+    _fresh: int = field(init=False, default=0)
+    _checked: set[CandidateKey] = field(init=False, default_factory=set)
+
+    def begin(self) -> int:
+        """Look up what is known and start compiling; the number of candidates that are submitted.
+
+        Raises whatever a problem that cannot be described raises.
+        """
+        if self._begun:
+            return 0
+        options, fields = self.options, dict(self.problem.fields())
+        self.env = environment(self.lab.facts)
+        self.space = space(self.operator, self.problem, self.lab.facts)
+        if not options.force:
+            self.old = self.store.load(
+                self.env,
+                self.operator.name,
+                fields,
+                self.operator.source_hash(),
+                str(options.policy),
+                self.space.hash,
+            )
+        self.trials = self._known_trials()
+        nearest = nearest_winners(self.store, self.env, self.operator.name, fields)
+
+        def strategy() -> Strategy:
+            return make_strategy(
+                options.strategy,
+                self.space,
+                options.effort,
+                nearest=nearest,
+                max_configs=options.max_configs,
+                seed=options.seed,
+            )
+
+        self._begun = True
+        self._finished = self._has_all() or (self._is_current() and self._settles(strategy()))
+        if self._finished:
+            return 0
+        self._strategy = strategy()
+        self._first = self._strategy.ask()
+        unknown = [candidate for candidate in self._first if candidate.as_key() not in self.trials]
+        if self.compiler is not None:
+            self.compiler.submit(self.operator, self.problem, unknown)
+        return len(unknown)
+
+    def run(self, index: int, seconds: float | None) -> Report:
+        """Search within ``seconds``, check the best, and store the entry."""
+        start = time.monotonic()
+        self.begin()
+        if self._finished:
+            assert self.old is not None
+            path = self.store.path(self.env, self.operator.name, self.old.key())
+            return self._report(Result.KEPT, start, entry=self.old, path=path, complete=True)
+        if seconds is not None and seconds <= 0:
+            return self._report(Result.PENDING, start, entry=self.old)
+        planned = max(self._strategy.planned - len(self.trials), 0)
+        self.progress.problem(index, self.problem, planned)
+        options = self.options
+        timer = self.lab.timer(self.operator, self.problem, options.policy, options.seed)
+        try:
+            checker = self.lab.checker(self.operator, self.problem, options.seed)
+            searched = search(
+                _Resumed(self._strategy, self._first),
+                lambda batch: self._evaluate(timer, batch),
+                Budget(seconds),
+            )
+            if options.check is Check.ALL:
+                for candidate, outcome in searched.outcomes:
+                    if isinstance(outcome, Timing):
+                        self._accept(checker, candidate)
+            self._final(timer, checker)
+        finally:
+            timer.close()
+        return self._store(searched, start)
+
+    def _is_current(self) -> bool:
+        """Whether the earlier entry is of the very same space."""
+        return self.old is not None and self.old.space_hash == self.space.hash
+
+    def _has_all(self) -> bool:
+        """Whether an earlier run did all that this one is asked for."""
+        return self._is_current() and self.old.recorded.get("completed") == self._request()  # type: ignore[union-attr]
+
+    def _settles(self, strategy: Strategy) -> bool:
+        """Whether all that this run would try is known."""
+        return settled(strategy, {key: _outcome(trial) for key, trial in self.trials.items()})
+
+    def _known_trials(self) -> dict[CandidateKey, Trial]:
+        """Trials of the earlier entry whose candidate still exists; old finalists compete anew.
+
+        A candidate that ran out of time, or took its process with it, is tried again only when
+        asked to time everything again.
+        """
+        if self.old is None:
+            return {}
+        current = {candidate.as_key() for candidate in self.space.candidates}
+        known = {}
+        for trial in self.old.trials:
+            key = trial_key(trial)
+            if key in current:
+                status = Status.TIMED if trial.status == Status.OK else trial.status
+                known[key] = replace(trial, status=status)
+        return known
+
+    def _evaluate(
+        self, timer: Timer, batch: Sequence[Candidate]
+    ) -> Iterator[tuple[Candidate, Outcome]]:
+        """Measure a batch as its candidates are compiled; what is known already costs nothing."""
+        fresh = []
+        for candidate in batch:
+            known = self.trials.get(candidate.as_key())
+            if known is None:
+                fresh.append(candidate)
+            else:
+                yield candidate, _outcome(known)
+        compiled: Iterable[tuple[Candidate, CompileResult | Failure | None]]
+        if self.compiler is None:
+            compiled = ((candidate, None) for candidate in fresh)
+        else:
+            compiled = self.compiler.results(self.operator, self.problem, fresh)
+        for candidate, result in compiled:
+            trial = self._measure(timer, candidate, result)
+            self.trials[candidate.as_key()] = trial
+            self._fresh += 1
+            outcome = _outcome(trial)
+            self.progress.candidate(candidate, outcome)
+            yield candidate, outcome
+
+    def _measure(
+        self, timer: Timer, candidate: Candidate, compiled: CompileResult | Failure | None
+    ) -> Trial:
+        trial = Trial(candidate.algorithm, candidate.config.as_dict(), Status.TIMED)
+        if isinstance(compiled, Failure):
+            return replace(trial, status=compiled.status, reason=compiled.reason)
+        if compiled is not None:
+            trial = replace(
+                trial, resources=compiled.resources, compile_s=round(compiled.seconds, 3)
+            )
+            reason = self._too_hungry(candidate, compiled.resources)
+            if reason is not None:
+                return replace(trial, status=Status.CONSTRAINT, reason=reason)
+        try:
+            handle = timer.prepare(candidate)
+            timing = first_round(timer, handle)
+        except CandidateError as error:
+            return replace(trial, status=error.failure.status, reason=error.failure.reason)
+        return replace(trial, timing=timing, reason=timer.note(handle))
+
+    def _too_hungry(self, candidate: Candidate, resources: Resources | None) -> str | None:
+        """Why a compiled candidate is not worth timing; the default is timed whatever it takes."""
+        if resources is None or candidate == self.space.default:
+            return None
+        broken = compiled_limits(resources, self.lab.facts)
+        return broken[0].reason if broken else None
+
+    def _accept(self, checker: Callable[[Candidate], Accuracy], candidate: Candidate) -> bool:
+        """Check a candidate's result; a wrong one is marked and can never win."""
+        key = candidate.as_key()
+        trial = self.trials[key]
+        if key in self._checked:
+            return trial.timing is not None
+        self._checked.add(key)
+        try:
+            verdict = checker(candidate)
+        except CandidateError as error:
+            self._reject(candidate, error.failure)
+            return False
+        error_value = verdict.error if math.isfinite(verdict.error) else None
+        if verdict.ok:
+            self.trials[key] = replace(trial, max_error=error_value)
+            return True
+        self.trials[key] = replace(
+            trial, status=Status.NUMERIC, reason=str(verdict), timing=None, max_error=error_value
+        )
+        return False
+
+    def _final(self, timer: Timer, checker: Callable[[Candidate], Accuracy]) -> None:
+        """Check the best few and the default, and time in turns those that pass."""
+        default = self.space.default.as_key()
+        ranked: list[tuple[bool, float, int, Candidate]] = []
+        for position, candidate in enumerate(self.space.candidates):
+            trial = self.trials.get(candidate.as_key())
+            if trial is not None and trial.timing is not None:
+                row = (candidate.as_key() != default, trial.timing.p50, position, candidate)
+                ranked.append(row)
+        ranked.sort(key=lambda row: row[:3])
+        self.progress.finalists(min(len(ranked), FINALISTS + 1))
+        finalists: list[Candidate] = []
+        handles: list[Any] = []
+        for *_, candidate in ranked:
+            if len(finalists) > FINALISTS:
+                break
+            if not self._accept(checker, candidate):
+                continue
+            try:
+                handles.append(timer.prepare(candidate))
+            except CandidateError as error:
+                self._reject(candidate, error.failure)
+                continue
+            finalists.append(candidate)
+        # One that fails only after many calls goes, and the others are timed anew.
+        timings: list[Timing] = []
+        while finalists and not timings:
+            try:
+                timings = take_turns(timer, handles)
+            except TurnError as error:
+                self._reject(finalists.pop(error.index), error.failure)
+                handles.pop(error.index)
+        for candidate, handle, timing in zip(finalists, handles, timings, strict=True):
+            key = candidate.as_key()
+            self.trials[key] = replace(
+                self.trials[key], status=Status.OK, timing=timing, reason=timer.note(handle)
+            )
+
+    def _reject(self, candidate: Candidate, failure: Failure) -> None:
+        key = candidate.as_key()
+        self.trials[key] = replace(
+            self.trials[key], status=failure.status, reason=failure.reason, timing=None
+        )
+
+    def _store(self, searched: Searched, start: float) -> Report:
+        ordered = self._ordered()
+        rejected = tuple(trial for trial in ordered if trial.status in _FAILED)
+        recorded = self._recorded(start)
+        if searched.complete:
+            recorded["completed"] = self._request()
+        measured = self._fresh
+        draft = Entry(
+            operator=self.operator.name,
+            problem=dict(self.problem.fields()),
+            source_hash=self.operator.source_hash(),
+            policy=str(self.options.policy),
+            environment=self.env.as_dict(),
+            default=ordered[0],
+            best=ordered[0],
+            trials=ordered,
+            recorded=recorded,
+            space_hash=self.space.hash,
+        )
+        entry = elect(draft)
+        if entry is None:
+            return self._report(
+                Result.FAILED,
+                start,
+                measured=measured,
+                complete=searched.complete,
+                rejected=rejected,
+            )
+        stored = self.store.save(self.env, entry, replace_old=self.options.force)
+        return self._report(
+            Result.TUNED,
+            start,
+            entry=stored.entry,
+            path=stored.path,
+            measured=measured,
+            complete=searched.complete,
+            rejected=rejected,
+        )
+
+    def _ordered(self) -> tuple[Trial, ...]:
+        """Trials in the fixed order of the space, the default first."""
+        keys = (candidate.as_key() for candidate in self.space.candidates)
+        return tuple(self.trials[key] for key in keys if key in self.trials)
+
+    def _request(self) -> dict[str, Any]:
+        """What was asked for: a finished entry of the same request needs nothing more."""
+        options = self.options
+        return {
+            "effort": str(options.effort),
+            "strategy": str(options.strategy),
+            "max_configs": options.max_configs,
+            "seed": options.seed,
+            "check": str(options.check),
+        }
+
+    def _recorded(self, start: float) -> dict[str, Any]:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+        return {
+            "created": now,
+            "wall_s": round(time.monotonic() - start, 3),
+            "effort": str(self.options.effort),
+            "strategy": str(self.options.strategy),
+            "seed": self.options.seed,
+            "space_size": len(self.space.candidates),
+            "dropped": len(self.space.dropped),
+            "unsupported": dict(self.space.unsupported),
+            "tritonconv": importlib.metadata.version("tritonconv"),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda or torch.version.hip or "",
+        }
+
+    def _report(
+        self,
+        result: Result,
+        start: float,
+        *,
+        entry: Entry | None = None,
+        path: Path | None = None,
+        measured: int = 0,
+        complete: bool = False,
+        rejected: tuple[Trial, ...] = (),
+    ) -> Report:
+        return Report(
+            self.operator.name,
+            self.problem,
+            result,
+            entry,
+            path,
+            len(self.space.candidates),
+            measured,
+            complete,
+            rejected,
+            time.monotonic() - start,
+        )
+
+    def failed(self, error: Exception) -> Report:
+        """The report of a problem that could not be set up or checked."""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return Report(
+            self.operator.name,
+            self.problem,
+            Result.FAILED,
+            None,
+            None,
+            0,
+            0,
+            False,
+            (),
+            0.0,
+            reason,
+        )
+
+
+def _outcome(trial: Trial) -> Outcome:
+    return trial.timing or Failure(Status(trial.status), trial.reason)
+
+
+class _Resumed:
+    """A strategy whose first batch was asked for already."""
+
+    @property
+    def planned(self) -> int:
+        """Candidates in all."""
+        return self.strategy.planned
+
+    def __init__(self, strategy: Strategy, first: tuple[Candidate, ...]) -> None:
+        self.strategy = strategy
+        self.first: tuple[Candidate, ...] | None = first
+
+    def ask(self) -> tuple[Candidate, ...]:
+        """The batch that was asked for before, then new ones."""
+        if self.first is not None:
+            first, self.first = self.first, None
+            return first
+        return self.strategy.ask()
+
+    def tell(self, outcomes: Sequence[tuple[Candidate, Outcome]]) -> None:
+        """Pass on what was measured."""
+        self.strategy.tell(outcomes)

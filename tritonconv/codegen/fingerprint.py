@@ -1,0 +1,125 @@
+"""What the trace of a function depends on, as a key under which it is found again."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def unwrap(fn: Any) -> Any:
+    """The plain Python function inside methods, partials and callable objects, for its source."""
+    while True:
+        if isinstance(fn, functools.partial):
+            fn = fn.func
+        elif isinstance(fn, types.MethodType):
+            fn = fn.__func__
+        elif isinstance(fn, torch.nn.Module):
+            fn = type(fn).forward
+        elif not isinstance(fn, types.FunctionType) and isinstance(
+            vars(type(fn)).get("__call__"), types.FunctionType
+        ):
+            fn = type(fn).__call__
+        else:
+            return fn
+
+
+_PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
+_CODE_NAMES: dict[types.CodeType, tuple[str, ...]] = {}
+
+
+def global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that a function's code, and the functions inside it, may read as globals."""
+    names = _CODE_NAMES.get(code)
+    if names is None:
+        found = dict.fromkeys(code.co_names)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                found.update(dict.fromkeys(global_names(constant)))
+        names = _CODE_NAMES[code] = tuple(found)
+    return names
+
+
+class Fingerprint:
+    """What a trace depends on: values of plain data, identities of everything else.
+
+    Of an object it also sees the attributes whose names occur in the function's code: what
+    ``self.slope`` or ``config.eps`` reads now.
+    """
+
+    def __init__(self) -> None:
+        self.objects: list[Any] = []
+        self._open: set[int] = set()
+        self._names: set[str] = set()
+
+    def of(self, x: Any) -> Any:
+        """The part of the key that stands for one value."""
+        kind = type(x)
+        if kind in _PLAIN or isinstance(x, torch.dtype):
+            # 1, 1.0 and True are equal but trace differently; -0.0 equals 0.0 and NaN nothing.
+            return (kind, repr(x)) if kind in (float, complex) else (kind, x)
+        if kind is tuple or kind is list:
+            return (kind, *[self.of(item) for item in x])
+        if kind is types.FunctionType:
+            return self.function(x)
+        if kind is types.MethodType:
+            return ("method", self.of(x.__func__), self.of(x.__self__))
+        if kind is functools.partial:
+            keywords = tuple((k, self.of(v)) for k, v in x.keywords.items())
+            return ("partial", self.of(x.func), self.of(x.args), keywords)
+        self.objects.append(x)
+        return (id(x), *self._attributes(x))
+
+    def _attributes(self, x: Any) -> Iterator[Any]:
+        if isinstance(x, Tensor) or id(x) in self._open:
+            return
+        if isinstance(x, types.ModuleType) and x.__name__.split(".")[0] in ("torch", "math"):
+            return
+        plain = unwrap(x)
+        if isinstance(plain, types.FunctionType):
+            self._names.update(global_names(plain.__code__))
+        spaces = [getattr(x, "__dict__", {})]
+        if isinstance(x, torch.nn.Module):
+            spaces += [x._parameters, x._buffers, x._modules]
+        self._open.add(id(x))
+        for space in spaces:
+            for name in sorted(self._names.intersection(space)):
+                yield name, self.of(space[name])
+        self._open.discard(id(x))
+
+    def function(self, fn: types.FunctionType) -> Any:
+        """The part of the key that stands for a function and all that it reads."""
+        if id(fn) in self._open:
+            return "recursion"
+        self._open.add(id(fn))
+        code, scope = fn.__code__, fn.__globals__
+        self._names.update(global_names(code))
+        parts: list[Any] = [code]
+        if fn.__closure__:
+            for cell in fn.__closure__:
+                try:
+                    parts.append(self.of(cell.cell_contents))
+                except ValueError:
+                    parts.append("empty cell")
+        if fn.__defaults__:
+            parts.append(self.of(fn.__defaults__))
+        if fn.__kwdefaults__:
+            parts.extend((k, self.of(v)) for k, v in fn.__kwdefaults__.items())
+        for name in global_names(code):
+            if name in scope:
+                parts.append(self.of(scope[name]))
+        self._open.discard(id(fn))
+        return tuple(parts)
+
+
+def weak(x: Any, drop: Callable[[Any], None]) -> Callable[[], Any]:
+    """A reference that does not keep ``x`` alive, where its type allows that."""
+    try:
+        return weakref.ref(x, drop)
+    except TypeError:
+        return lambda: x
