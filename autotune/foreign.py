@@ -87,17 +87,28 @@ def stable_text(value: Any) -> str:
     return text
 
 
-def config_values(config: triton.Config) -> dict[str, int]:
-    """A Triton config as the integers that are stored; what is no integer becomes a hash.
+ABSENT = -1
+"""Stands where a config says nothing of what another one of the list says."""
+
+
+def stored_values(configs: Sequence[triton.Config]) -> list[dict[str, int]]:
+    """Triton configs as the integers that are stored: all with the same names.
+
+    What is no integer becomes a hash.
 
     Example:
-        >>> config_values(triton.Config({"BLOCK": 64, "FAST": True}, num_warps=8))
-        {'BLOCK': 64, 'FAST': 1, 'num_warps': 8, 'num_ctas': 1, 'num_stages': 3}
+        >>> configs = [triton.Config({"BLOCK": 64}), triton.Config({"BLOCK": 128}, maxnreg=96)]
+        >>> [values["maxnreg"] for values in stored_values(configs)]
+        [-1, 96]
     """
-    values = {name: _as_int(value) for name, value in config.all_kwargs().items()}
-    if config.pre_hook is not None:
-        values["pre_hook"] = _as_int(config.pre_hook)
-    return values
+    rows = []
+    for config in configs:
+        row = {name: _as_int(value) for name, value in config.all_kwargs().items()}
+        if config.pre_hook is not None:
+            row["pre_hook"] = _as_int(config.pre_hook)
+        rows.append(row)
+    absent = {name: ABSENT for row in rows for name in row}
+    return [{**absent, **row} for row in rows]
 
 
 def _as_int(value: Any) -> int:
@@ -176,9 +187,8 @@ class KernelProblem:
 
     def __getstate__(self) -> dict[str, Any]:
         hooked = tuple(config.pre_hook is not None for config in self.configs)
-        values = tuple(config_values(config) for config in self.configs)
         configs = self.configs_to_send()
-        return {**self.__dict__, "configs": configs, "_hooked": hooked, "_values": values}
+        return {**self.__dict__, "configs": configs, "_hooked": hooked, "_values": self.values()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -190,14 +200,15 @@ class KernelProblem:
             ArgumentValueError: it is none of them.
         """
         values = config.as_dict()
-        for index, known in enumerate(self._stored_values()):
+        for index, known in enumerate(self.values()):
             if known == values:
                 return index
         raise bad_value("config", "one of the kernel's configs", values)
 
-    def _stored_values(self) -> Sequence[dict[str, int]]:
+    def values(self) -> Sequence[dict[str, int]]:
+        """The candidates as they are stored."""
         sent: Sequence[dict[str, int]] | None = self.__dict__.get("_values")
-        return sent if sent is not None else [config_values(config) for config in self.configs]
+        return sent if sent is not None else stored_values(self.configs)
 
     def triton_config(self, position: int, tuner: Autotuner) -> triton.Config:
         """A candidate with its hook, which in another process is the found kernel's."""
@@ -205,9 +216,9 @@ class KernelProblem:
         hooked = self.__dict__.get("_hooked")
         if hooked is None or not hooked[position] or config.pre_hook is not None:
             return config
-        wanted = self._stored_values()[position]
+        wanted = self.values()[position]
         for known in tuner.configs:
-            if config_values(known) == wanted:
+            if {**dict.fromkeys(wanted, ABSENT), **stored_values([known])[0]} == wanted:
                 return known
         raise KernelNotFoundError(f"no config of {self.operator} has the hook of {config}")
 
@@ -231,7 +242,7 @@ class KernelAlgorithm(Algorithm):
 
     def listed(self, problem: KernelProblem) -> list[KernelConfig]:
         """The configs, which are the same on every device."""
-        return [KernelConfig(tuple(values.items())) for values in problem._stored_values()]
+        return [KernelConfig(tuple(values.items())) for values in problem.values()]
 
     def source_hash(self) -> str:
         """The kernel's."""

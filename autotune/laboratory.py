@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from tritonconv.runtime.device import DeviceFacts
-from tritonconv.runtime.errors import bad_value
 
 from .compiling import COMPILE_SECONDS, CompilePool, default_jobs
 from .isolated import RUN_SECONDS, WorkerLab
@@ -84,24 +83,3 @@ def close_lab(lab: Lab) -> None:
     close: Callable[[], None] | None = getattr(lab, "close", None)
     if close is not None:
         close()
-
-
-def gpus_of_this_host() -> tuple[int, ...]:
-    """Indices of the GPUs of the same name as the first."""
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return tuple(index for index, name in enumerate(names) if name == names[0])
-
-
-def parse_gpus(text: str) -> tuple[int, ...]:
-    """GPU indices from ``all`` or ``0,2``; all means those of the first one's name.
-
-    Raises:
-        ArgumentValueError: another form, or no such GPU.
-    """
-    count = torch.cuda.device_count()
-    if text == "all":
-        return gpus_of_this_host()
-    parts: Sequence[str] = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) < count for part in parts):
-        raise bad_value("gpus", f"all, or indices below {count} such as 0,1", repr(text))
-    return tuple(dict.fromkeys(int(part) for part in parts))

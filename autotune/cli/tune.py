@@ -17,11 +17,11 @@ from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.operators import Operator, Problem
 
 from ..compiling import COMPILE_SECONDS
-from ..crew import tune_on_gpus
 from ..distributed import tune_sharded, under_torchrun
+from ..gpus import parse_gpus, tune_on_gpus
 from ..harvest import harvest_named
 from ..isolated import RUN_SECONDS
-from ..laboratory import Setup, laboratory, parse_gpus
+from ..laboratory import Setup, laboratory
 from ..measure import NoDeviceError, Policy
 from ..report import Progress, TuningInterrupted, TuningStoppedError
 from ..search import Effort, StrategyName

@@ -1,1 +1,1 @@
-"""Packaged tuned tables: ``v1/<environment>/<operator>/<problem>.json``."""
+"""Packaged tuned tables: a bundle per device, ``<device>.json``, as ``autotune export`` writes."""

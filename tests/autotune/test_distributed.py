@@ -18,8 +18,8 @@ import pytest
 from autotune_fakes import BROKEN, Fine, PlaybackLab, Scale, ScaleProblem
 
 from tritonconv.autotune.answers import differences
-from tritonconv.autotune.crew import tune_on_gpus
 from tritonconv.autotune.distributed import assert_same_tables, tune_sharded
+from tritonconv.autotune.gpus import tune_on_gpus
 from tritonconv.autotune.measure import DeviceLostError
 from tritonconv.autotune.store import Store
 from tritonconv.autotune.tune import Progress, Result, TuningInterrupted, TuningStoppedError

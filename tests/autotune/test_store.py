@@ -6,44 +6,17 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from autotune_fakes import Scale, ScaleProblem
+from autotune_entries import DEVICE, ENV, entry_of, trial, winner
 
-from tritonconv.autotune.store import Store, elect, merge
-from tritonconv.runtime import entries, tables
-from tritonconv.runtime.device import nominal_device
-from tritonconv.runtime.tables import Entry, Tier, Timing, Trial, environment, tuned_table
-
-DEVICE = nominal_device("sm_90")
-ENV = environment(DEVICE)
-
-
-def trial(variant: int, time: float, status: str = "ok", algorithm: str = "fine") -> Trial:
-    return Trial(algorithm, {"variant": variant}, status, "", Timing(time, time, time, 9), 1e-9)
-
-
-def entry_of(*trials: Trial, size: int = 64, source: str = "source-1") -> Entry:
-    fields = dict(ScaleProblem(size).fields())
-    draft = Entry(
-        "fake.scale",
-        fields,
-        source,
-        "graph-cold",
-        ENV.as_dict(),
-        trials[0],
-        trials[0],
-        (),
-        trials,
-        {"seed": 0},
-    )
-    elected = elect(draft)
-    assert elected is not None
-    return elected
+from tritonconv.autotune.store import Store, merge
+from tritonconv.runtime import tables
+from tritonconv.runtime.tables import Entry
 
 
 def test_an_entry_is_read_back_and_its_environment_lies_beside_it(tmp_path: Path) -> None:
@@ -73,10 +46,11 @@ def test_saving_again_keeps_timings_and_chooses_anew() -> None:
     [
         entry_of(trial(0, 10.0), trial(1, 5.0), source="older source"),
         replace(entry_of(trial(0, 10.0), trial(1, 5.0)), policy="eager"),
+        replace(entry_of(trial(0, 10.0), trial(1, 5.0)), space_hash="space-2"),
         entry_of(trial(0, 10.0), trial(1, 5.0), size=65),
         None,
     ],
-    ids=["source", "policy", "problem", "nothing"],
+    ids=["source", "policy", "space", "problem", "nothing"],
 )
 def test_what_cannot_be_compared_is_not_merged(old: Entry | None) -> None:
     new = entry_of(trial(0, 10.0), trial(2, 7.0))
@@ -87,117 +61,121 @@ def test_an_unchecked_trial_cannot_be_elected() -> None:
     assert entry_of(trial(0, 10.0), trial(1, 1.0, "timed")).best.config == {"variant": 0}
 
 
+def test_a_grown_space_finds_the_trials_of_the_newest_smaller_one(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    identity = ("fake.scale", entry_of(trial(0, 1.0)).problem, "source-1")
+    assert store.load(ENV, *identity, "graph-cold", "space-3") is None
+    older = winner(1, created="2026-01-01", space_hash="space-1")
+    newer = winner(2, created="2026-02-01", space_hash="space-2")
+    for entry in (newer, older, winner(3, created="2026-03-01", policy="eager")):
+        store.save(ENV, entry)
+    assert store.load(ENV, *identity, "graph-cold", "space-1") == older
+    assert store.load(ENV, *identity, "graph-cold", "space-3") == newer
+    assert store.load(ENV, *identity, "graph-hot", "space-3") is None
+    assert store.load(ENV, "fake.scale", identity[1], "source-2", "graph-cold", "space-1") is None
+
+
+def test_an_entry_from_elsewhere_is_adopted_where_it_is_faster(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.adopt(ENV, winner(1, 5.0)) is not None
+    assert store.adopt(ENV, winner(2, 6.0)) is None
+    assert store.adopt(ENV, winner(3, 6.0, space_hash="space-2")) is None
+    assert store.adopt(ENV, winner(4, 4.0, space_hash="space-3", created="2025-01-01")) is not None
+    newest = store.siblings(ENV, "fake.scale", winner(1).problem, "source-1", "graph-cold")[0]
+    assert newest.entry.best.config == {"variant": 4}  # what lookups take
+
+
 _WRITER = """
 import sys
 from pathlib import Path
-from test_store import ENV, entry_of, trial
+from autotune_entries import ENV, entry_of, trial
 from tritonconv.autotune.store import Store
 
-store, worker, count = Store(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
+store, worker, count, problems = Store(Path(sys.argv[1])), *map(int, sys.argv[2:])
 print("ready", flush=True)
+sys.stdin.readline()
 for index in range(count):
     number = 1 + worker * count + index
-    store.save(ENV, entry_of(trial(0, 10.0), trial(number, 10.0 + number)))
+    trials = trial(0, 10.0), trial(number, 10.0 + number)
+    store.save(ENV, entry_of(*trials, size=1 + index % problems))
+    print(index, flush=True)
 """
 
 
-def _writer(root: Path, worker: int, count: int) -> subprocess.Popen[str]:
+def _writer(root: Path, worker: int, count: int, problems: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(root), str(worker), str(count)],
+        [sys.executable, "-c", _WRITER, *map(str, (root, worker, count, problems))],
         cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
     )
 
 
-def test_two_writers_lose_nothing_and_readers_see_whole_files(tmp_path: Path) -> None:
-    count = 40
-    writers = [_writer(tmp_path, worker, count) for worker in range(2)]
-    path = Store(tmp_path).path(ENV, "fake.scale", entry_of(trial(0, 1.0)).key())
-    reads = 0
-    while any(writer.poll() is None for writer in writers):
-        if path.exists():
-            Entry.from_json(json.loads(path.read_text()))
-            reads += 1
-        time.sleep(0.001)
-    assert [writer.returncode for writer in writers] == [0, 0]
-    assert reads
-    final = Entry.from_json(json.loads(path.read_text()))
-    assert {t.config["variant"] for t in final.trials} == set(range(2 * count + 1))
-
-
-def test_a_killed_writer_leaves_a_whole_entry_and_no_lock(tmp_path: Path) -> None:
-    path = Store(tmp_path).path(ENV, "fake.scale", entry_of(trial(0, 1.0)).key())
-    writers = [_writer(tmp_path, worker, 100_000) for worker in range(2)]
+def _start(writers: list[subprocess.Popen[str]]) -> None:
+    """Let them write at the same time, which begins when all have imported what they need."""
     for writer in writers:
         assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
     for writer in writers:
-        time.sleep(0.4)
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.wait()
-    Entry.from_json(json.loads(path.read_text()))
-    Store(tmp_path).save(ENV, entry_of(trial(0, 10.0)))  # would hang on a lock left behind
-    assert len(list(Store(tmp_path).entries())) == 1
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
 
 
-def test_a_lookup_serves_exact_bucket_nearest_default_in_this_order(cache: Path) -> None:
-    operator, store = Scale(), Store()
-    table = tuned_table(DEVICE)
-    assert table.lookup(operator, ScaleProblem(64)).tier is Tier.DEFAULT
-    store.save(ENV, entry_of(trial(0, 10.0), trial(1, 5.0), size=97))
-    store.save(ENV, entry_of(trial(0, 10.0), trial(3, 5.0), size=4096))
-    assert table.lookup(operator, ScaleProblem(97)).tier is Tier.DEFAULT  # read once per process
-    tables.invalidate("fake.scale")
-
+def _whole(root: Path) -> dict[int, set[int]]:
+    """Variants in the entries of every problem; a file that is no whole entry fails the test."""
     found = {}
-    for size in (97, 100, 200, 3000):
-        choice = table.lookup(operator, ScaleProblem(size))
-        found[size] = (choice.tier, choice.config.as_dict()["variant"])
-    assert found == {
-        97: (Tier.EXACT, 1),
-        100: (Tier.BUCKET, 1),
-        200: (Tier.NEAREST, 1),
-        3000: (Tier.NEAREST, 3),
+    for path in root.glob("v1/*/fake.scale/*.json"):
+        entry = Entry.from_json(json.loads(path.read_text()))
+        assert path.stem == entry.key()
+        size = entry.problem["size"]
+        assert isinstance(size, int)
+        found[size] = {t.config["variant"] for t in entry.trials}
+    return found
+
+
+def test_two_writers_lose_nothing_and_readers_see_whole_files(tmp_path: Path) -> None:
+    """Two processes, 1000 writes each, to the same 200 entries."""
+    count, problems = 1000, 200
+    writers = [_writer(tmp_path, worker, count, problems) for worker in range(2)]
+    _start(writers)
+    finished = [
+        threading.Thread(target=lambda w=writer: w.communicate())  # drains what it prints
+        for writer in writers
+    ]
+    for thread in finished:
+        thread.start()
+    reads = 0
+    while any(thread.is_alive() for thread in finished):
+        reads += bool(_whole(tmp_path))
+        time.sleep(0.05)
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert reads
+    expected = {
+        1 + p: {0} | {1 + w * count + i for w in range(2) for i in range(p, count, problems)}
+        for p in range(problems)
     }
-    assert table.lookup(operator, ScaleProblem(97, "bfloat16")).tier is Tier.DEFAULT
+    assert _whole(tmp_path) == expected
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_an_entry_of_other_sources_is_stale(cache: Path) -> None:
-    Store().save(ENV, entry_of(trial(0, 10.0), trial(1, 5.0)))
-    tables.invalidate()
-    table = tuned_table(DEVICE)
-    assert table.lookup(Scale(), ScaleProblem(64)).tier is Tier.EXACT
-    tables.invalidate()
-    changed = Scale(source="source-2")
-    assert table.lookup(changed, ScaleProblem(64)).tier is Tier.DEFAULT
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"schema_version": 99}', "[]", "null", '{"a": 1}'])
-def test_a_bad_file_is_a_miss_and_one_warning(cache: Path, text: str) -> None:
-    stored = Store().save(ENV, entry_of(trial(0, 10.0)))
-    stored.path.with_name(f"{abs(hash(text))}.json").write_text(text)
-    stored.path.write_text(text)
-    table = tuned_table(DEVICE)
-    entries.warn_once.cache_clear()
-    for _ in range(2):
-        tables.invalidate()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert table.lookup(Scale(), ScaleProblem(64)).tier is Tier.DEFAULT
-            assert list(Store().entries()) == []
-        assert len(caught) == (2 if _ == 0 else 0)  # one for each of the two files
-        assert all("is ignored" in str(w.message) for w in caught)
-
-
-def test_settings_and_tuning_change_the_epoch(cache: Path) -> None:
-    from tritonconv.runtime.settings import settings
-
-    before = tables.epoch()
-    with settings.override(autotune="off"):
-        inside = tables.epoch()
-    assert before != inside != tables.epoch()
-    with tables.recording() as met:
-        tables.choose(Scale(), ScaleProblem(5), DEVICE)
-        tables.note(Scale(), ScaleProblem(6))
-    tables.choose(Scale(), ScaleProblem(7), DEVICE)
-    assert [problem for _, problem in met] == [ScaleProblem(5), ScaleProblem(6)]
+def test_a_killed_writer_loses_nothing_it_had_finished(tmp_path: Path) -> None:
+    """kill -9 in the middle of 200 writes, three times."""
+    count, kills = 200, (20, 60, 110)
+    writers = [_writer(tmp_path / str(after), 0, count, count) for after in kills]
+    for after, writer in zip(kills, writers, strict=True):
+        _start([writer])
+        assert writer.stdout is not None
+        while int(writer.stdout.readline()) < after:
+            pass
+        os.kill(writer.pid, signal.SIGKILL)
+        finished = max([after, *map(int, writer.stdout.read().split())])
+        writer.wait()
+        root = tmp_path / str(after)
+        found = _whole(root)
+        assert finished < count - 1, "killed too late"
+        assert set(range(1, finished + 2)) <= set(found)
+        assert all(found[1 + index] == {0, 1 + index} for index in range(finished + 1))
+        Store(root).save(ENV, entry_of(trial(0, 10.0), size=1))  # would hang on a lock left behind
+        assert len(list(Store(root).entries())) == len(found)

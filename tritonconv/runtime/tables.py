@@ -160,7 +160,7 @@ class TunedTable:
     def __init__(self, env: Environment, sources: tuple[Source, ...]) -> None:
         self.environment = env
         self.sources = sources
-        self._tables: dict[tuple[str, str], _OperatorTable] = {}
+        self._tables: dict[tuple[str, Operator], _OperatorTable] = {}
         self._hashes: dict[Operator, str] = {}
         self._found: dict[tuple[Operator, Problem], Found] = {}
         self._family: tuple[Environment, ...] | None = None
@@ -186,7 +186,7 @@ class TunedTable:
         if operator is None:
             self._tables, self._hashes, self._found = {}, {}, {}
         else:
-            self._tables = {key: t for key, t in self._tables.items() if key[1] != operator}
+            self._tables = {key: t for key, t in self._tables.items() if key[1].name != operator}
             self._hashes = {o: text for o, text in self._hashes.items() if o.name != operator}
             self._found = {key: f for key, f in self._found.items() if key[0].name != operator}
 
@@ -232,7 +232,7 @@ class TunedTable:
         return known
 
     def _table(self, operator: Operator, env: Environment) -> _OperatorTable:
-        table = self._tables.get((env.hash, operator.name))
+        table = self._tables.get((env.hash, operator))
         if table is None:
             table = _OperatorTable()
             for located in self._effective(operator, env):
@@ -240,7 +240,7 @@ class TunedTable:
                 # Lookups need winners; trials of a whole table would be much memory.
                 slim = replace(located, entry=replace(located.entry, trials=(), tied=()))
                 table.groups.setdefault(place.group, []).append((place, slim))
-            self._tables[env.hash, operator.name] = table
+            self._tables[env.hash, operator] = table
         return table
 
     def _effective(self, operator: Operator, env: Environment) -> Iterator[Located]:

@@ -23,6 +23,27 @@ from .tune import LookAhead, run_session, unique_pairs
 Pair = tuple[Operator, Problem]
 
 
+def gpus_of_this_host() -> tuple[int, ...]:
+    """Indices of the GPUs of the same name as the first."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return tuple(index for index, name in enumerate(names) if name == names[0])
+
+
+def parse_gpus(text: str) -> tuple[int, ...]:
+    """GPU indices from ``all`` or ``0,2``; all means those of the first one's name.
+
+    Raises:
+        ArgumentValueError: another form, or no such GPU.
+    """
+    count = torch.cuda.device_count()
+    if text == "all":
+        return gpus_of_this_host()
+    parts: Sequence[str] = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) < count for part in parts):
+        raise bad_value("gpus", f"all, or indices below {count} such as 0,1", repr(text))
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
 def tune_on_gpus(
     pairs: Iterable[Pair],
     devices: Sequence[int],
@@ -58,7 +79,7 @@ def tune_on_gpus(
     if not devices:
         raise bad_value("devices", "at least one GPU", list(devices))
     setup = setup or Setup()
-    crew = _Crew(
+    crew = Crew(
         unique_pairs(pairs),
         budget_s,
         options or Options(),
@@ -91,7 +112,7 @@ class _Stopped(KeyboardInterrupt):
     """Ends a thread's tuning between two candidates."""
 
 
-class _Crew:
+class Crew:
     """The threads of :func:`tune_on_gpus` and what they share."""
 
     def __init__(
@@ -210,7 +231,7 @@ class _Crew:
 class _OneOf(Progress):
     """Passes on the progress of one problem, under the lock and with its own index."""
 
-    def __init__(self, crew: _Crew, index: int) -> None:
+    def __init__(self, crew: Crew, index: int) -> None:
         self.crew = crew
         self.index = index
 
