@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
+
 from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.operators import Operator, Problem
 
