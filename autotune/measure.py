@@ -46,6 +46,7 @@ _MAX_CLONES = 256
 _MAX_CALLS = 256
 _REPLAY_SECONDS = 400e-6  # a replay lasts at least this long, so that its own start is hidden
 _COLD_FACTOR = 3  # times the L2
+_HOPELESS = 2.5  # times the fastest so far: not worth a graph
 
 
 class Policy(StrEnum):
@@ -256,6 +257,7 @@ class CudaTimer:
         self.problem = problem
         self.device = device
         self.policy = policy
+        self.fastest = math.inf  # seconds of a call, of the candidates prepared so far
         _warm_up(device.index)
         l2_bytes = device_facts(device).l2_bytes
         self.sets: list[TensorSet] = []
@@ -294,6 +296,9 @@ class CudaTimer:
             by_events = _Prepared(run, sets, None, 1, estimate + self.clear_seconds)
             if self.policy is Policy.EAGER:
                 return by_events
+            self.fastest = min(self.fastest, estimate)
+            if estimate > _HOPELESS * self.fastest:
+                return replace(by_events, note="timed by events, as it is far from the fastest")
             clones = calls = len(sets)
             if not self.clear_before_replay:
                 repeats = math.ceil(_REPLAY_SECONDS / (estimate * clones))

@@ -42,6 +42,10 @@ from .space import Candidate, CandidateKey, Space, space
 from .store import Store, elect, trial_key
 
 FINALISTS = 5
+MOST_FINALISTS = 10
+FINAL_BAND = 1.04
+"""Everything that the first round puts so close to the fastest goes into the final: which of
+several equal configs are in it must not hang on the noise of a short timing."""
 
 _FAILED = tuple(status for status in Status if status not in (Status.OK, Status.TIMED))
 
@@ -274,11 +278,14 @@ class Session:
                 row = (candidate.as_key() != default, trial.timing.p50, position, candidate)
                 ranked.append(row)
         ranked.sort(key=lambda row: row[:3])
-        self.progress.finalists(min(len(ranked), FINALISTS + 1))
+        fastest = min((time for _, time, *_ in ranked), default=0.0)
+        close = sum(time <= FINAL_BAND * fastest for _, time, *_ in ranked)
+        wanted = min(max(close, FINALISTS), MOST_FINALISTS) + 1  # the default is always in it
+        self.progress.finalists(min(len(ranked), wanted))
         finalists: list[Candidate] = []
         handles: list[Any] = []
         for *_, candidate in ranked:
-            if len(finalists) > FINALISTS:
+            if len(finalists) >= wanted:
                 break
             if not self._accept(checker, candidate):
                 continue
