@@ -9,15 +9,9 @@ whoever's it is: a file lock is held while a timer is open.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import threading
-import time
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +19,11 @@ import torch
 from tritonconv.runtime.accuracy import Accuracy
 from tritonconv.runtime.device import DeviceFacts
 from tritonconv.runtime.operators import Operator, Problem
-from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Timing
 
 from .compiling import COMPILE_SECONDS
 from .forkserver import dumps
+from .gpu_lock import GpuLock, gpu_lock
 from .lab_host import COMPILING, LabHost, Lost
 from .measure import (
     FIRST_ROUND_SECONDS,
@@ -48,65 +42,6 @@ RUN_SECONDS = 10.0
 _SETUP_SECONDS = 300.0  # tensors, and a float64 reference
 _CLOSE_SECONDS = 30.0
 _CUDA_LAB = "tritonconv.autotune.measure:CudaLab"
-
-
-class GpuLock:
-    """An exclusive lock on one GPU among the processes of this user; nested in one process."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._depth = 0
-        self._file: int | None = None
-        self._guard = threading.RLock()
-
-    def acquire(self, patience: float = 5.0) -> None:
-        """Wait for the lock; after some seconds of it, say so once."""
-        with self._guard:
-            if not self._depth:
-                self._file = self._locked(time.monotonic() + patience)
-            self._depth += 1
-
-    def release(self) -> None:
-        """Give the lock up as often as it was acquired."""
-        with self._guard:
-            self._depth -= 1
-            if not self._depth and self._file is not None:
-                os.close(self._file)
-                self._file = None
-
-    def _locked(self, patient_until: float) -> int:
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        told = False
-        try:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return file
-                except BlockingIOError:
-                    if not told and time.monotonic() > patient_until:
-                        told = True
-                        warnings.warn(
-                            f"waiting for another process that measures on this GPU ({self.path})",
-                            stacklevel=2,
-                        )
-                    time.sleep(0.05)
-        except BaseException:
-            os.close(file)
-            raise
-
-
-_locks: dict[Path, GpuLock] = {}
-
-
-def gpu_lock(board: str) -> GpuLock:
-    """The lock of a board, one object in this process: two labs of it do not wait for each other.
-
-    Args:
-        board: what identifies it among all boards of the machine.
-    """
-    path = Path(settings.cache_dir) / "locks" / f"gpu-{board}.lock"
-    return _locks.setdefault(path, GpuLock(path))
 
 
 class WorkerLab:
@@ -543,4 +478,4 @@ class WorkerChecker:
         return verdict
 
 
-__all__ = ["GpuLock", "Handle", "WorkerChecker", "WorkerLab", "WorkerTimer", "gpu_lock"]
+__all__ = ["Handle", "WorkerChecker", "WorkerLab", "WorkerTimer"]

@@ -172,6 +172,25 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
+def obstacle(*values: Any) -> str | None:
+    """Why values cannot be sent to a worker, or None when they can.
+
+    Classes and functions of the main program cannot, as it is not run again there.
+
+    Example:
+        >>> from tritonconv.autotune.workers import obstacle
+        >>> obstacle(1, "text") is None
+        True
+        >>> obstacle(lambda: None) is None
+        False
+    """
+    try:
+        dumps(values)
+    except Exception as error:  # whatever the values' own methods raise
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def worker_environment() -> dict[str, str]:
     """This process's environment as workers get it: kernels are compiled there, not interpreted."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -427,6 +446,7 @@ __all__ = [
     "WorkerDiedError",
     "WorkerError",
     "WorkerTimeoutError",
+    "obstacle",
     "shutdown",
     "start",
     "worker_environment",

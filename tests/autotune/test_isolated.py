@@ -16,8 +16,8 @@ import torch
 from autotune_fakes import Aten, Scale, ScaleProblem, Vector, Wrong
 from worker_fakes import BAD, Endless, Hanging, Moody, Stray, VariantConfig, candidates
 
-from tritonconv.autotune import isolated
-from tritonconv.autotune.isolated import WorkerLab, gpu_lock
+from tritonconv.autotune.gpu_lock import GpuLock, gpu_lock
+from tritonconv.autotune.isolated import WorkerLab
 from tritonconv.autotune.measure import (
     CandidateError,
     DeviceLostError,
@@ -178,7 +178,7 @@ def test_without_a_gpu() -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from tritonconv.autotune.isolated import gpu_lock
+from tritonconv.autotune.gpu_lock import gpu_lock
 from tritonconv.runtime.settings import settings
 settings.cache_dir = Path(sys.argv[1])
 lock = gpu_lock("board-1")
@@ -199,7 +199,7 @@ def test_one_process_measures_on_a_gpu_at_a_time(
     )
     assert holder.stdout is not None and holder.stdin is not None
     assert holder.stdout.readline() == "held\n"
-    monkeypatch.setattr(isolated.GpuLock.acquire, "__defaults__", (0.1,))
+    monkeypatch.setattr(GpuLock.acquire, "__defaults__", (0.1,))
     with moody_lab({}, "board-1") as lab, moody_lab({}, "board-2") as other:
         other.timer(OPERATOR, PROBLEM, Policy.GRAPH_COLD, 0).close()
         _ = lab.facts

@@ -20,6 +20,7 @@ from tritonconv.autotune.workers import (
     Worker,
     WorkerDiedError,
     WorkerTimeoutError,
+    obstacle,
 )
 from tritonconv.runtime.settings import settings
 
@@ -163,6 +164,7 @@ def test_what_is_of_the_main_program_is_refused_here(servant: Worker) -> None:
     with pytest.raises(ValueError, match=r"importable modules .*Local of __main__"):
         servant.call("echo", Local, timeout=SLOW)
     assert servant.call("echo", 1, timeout=SLOW) == 1
+    assert "of __main__" in str(obstacle(1, Local)) and obstacle(1, Path()) is None
 
 
 def test_a_worker_in_a_fresh_interpreter() -> None:
