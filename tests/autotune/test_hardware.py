@@ -157,12 +157,14 @@ def compiled() -> dict[str, Any]:
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["sm_90", "sm_86"])
 def test_estimated_shared_memory_is_what_is_compiled(compiled: Any, target: str) -> None:
-    """Exactly for most; never far above where it decides (rearranging can take more than it)."""
+    """Exactly for most, and never far above where it is near the limit and decides."""
     limit = compiled[target]["limit"]
     rows = compiled[target]["rows"]
     assert len(rows) >= 9 and all(row["threads"] for row in rows)
     above = [
-        row for row in rows if row["estimated"] > limit / 2 and row["estimated"] > 1.1 * row["real"]
+        row
+        for row in rows
+        if row["estimated"] > 0.7 * limit and row["estimated"] > 1.1 * row["real"]
     ]
     assert above == []
     near = [row for row in rows if abs(row["estimated"] - row["real"]) <= 0.1 * row["real"]]

@@ -7,10 +7,11 @@ import json
 import sys
 from typing import Any
 
+from tritonconv.autotune.hardware import limits
 from tritonconv.conv.dispatch import OPERATORS
 from tritonconv.conv.problem import ConvProblem, Direction
 from tritonconv.runtime.aot import compile_plan
-from tritonconv.runtime.device import nominal_device
+from tritonconv.runtime.device import DeviceFacts, nominal_device
 from tritonconv.runtime.operators import Algorithm, Config
 
 # Layers of real networks, one for each algorithm at least.
@@ -33,6 +34,13 @@ def volume(config: Config) -> int:
         if name.startswith("block") or name == "num_stages":
             size *= value
     return size
+
+
+def fitting(algorithm: Algorithm, problem: ConvProblem, device: DeviceFacts) -> list[Config]:
+    """The configs that the tuner would try, the default first."""
+    default, *others = algorithm.configs(problem, device)
+    footprints = ((c, algorithm.footprint(problem, c, device)) for c in others)
+    return [default, *(c for c, asked in footprints if asked is None or not limits(asked, device))]
 
 
 def representative(space: list[Config]) -> dict[str, Config]:
@@ -76,7 +84,7 @@ def cases(
                     more["precision"] = "tf32"
                 problem = operator.parse({**fields, **more})
                 for algorithm in operator.candidates(problem):
-                    space = list(algorithm.configs(problem, device))
+                    space = fitting(algorithm, problem, device)
                     if layer not in HOME.get(algorithm.name, LAYERS):
                         continue
                     if algorithm.plan(problem, space[0]) is None:

@@ -16,7 +16,7 @@ from tritonconv.runtime.device import device_facts
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Choice, Tier
 
-from .aot_plans import LAYERS, representative
+from .aot_plans import LAYERS, fitting, representative
 from .oracle import assert_accurate, plain_conv
 from .test_algorithms import run_and_check
 
@@ -55,7 +55,7 @@ def test_layers_of_real_networks(
 def test_representative_configs(layer: str, direction: Direction, algorithm: str) -> None:
     operator = OPERATORS[direction, 2]
     fields = {**LAYERS[layer], "dtype": "bfloat16", "N": 3}
-    space = list(operator.algorithm(algorithm).configs(operator.parse(fields), device_facts()))
+    space = fitting(operator.algorithm(algorithm), operator.parse(fields), device_facts())
     for config in representative(space).values():
         run_and_check(fields, direction, algorithm, torch.device("cuda"), config)
 
