@@ -207,13 +207,15 @@ class CompilePool:
     ) -> Iterator[tuple[Candidate, CompileOutcome]]:
         """Submit candidates and yield them with their outcomes, each as soon as it is there.
 
-        Candidates that are dropped while they wait are left out.
+        They go before everything that nobody waits for. Candidates that are dropped while they
+        wait are left out.
 
         Raises:
             RuntimeError: the pool is closed, or its processes cannot be started.
         """
         waiting = list(candidates)
         self.submit(operator, problem, waiting)
+        self._hasten({_key(operator, problem, candidate) for candidate in waiting})
         while waiting:
             with self._changed:
                 while True:
@@ -229,6 +231,13 @@ class CompilePool:
                         raise RuntimeError("the compile pool is closed")
                     self._changed.wait()
             yield from ready
+
+    def _hasten(self, keys: set[_JobKey]) -> None:
+        """Move jobs to the front of the queue, keeping their order."""
+        with self._changed:
+            wanted = [job for job in self._queue if job.key in keys]
+            rest = [job for job in self._queue if job.key not in keys]
+            self._queue = collections.deque([*wanted, *rest])
 
     def outcome(
         self, operator: Operator, problem: Problem, candidate: Candidate

@@ -392,7 +392,7 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
         the compiled kernel on: alignment of pointers, integers that are 1 or multiples of 16 (the
         strides among them).
         """
-        from .foreign import stable_text
+        from .foreign import text_of
 
         values: dict[str, Field] = {}
         dtypes: list[str] = []
@@ -403,7 +403,7 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
             value = named[name]
             if name in self.keys:
                 plain = isinstance(value, (int, str))
-                values[f"key.{name}"] = value if plain else stable_text(value)
+                values[f"key.{name}"] = value if plain else text_of(value)
             if hasattr(value, "dtype"):
                 dtypes.append(f"{name}={str(value.dtype).removeprefix('torch.')}")
                 if hasattr(value, "data_ptr"):

@@ -8,11 +8,12 @@ that the kernel was given, and leave the memory around the tensors alone.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -61,18 +62,11 @@ _COMPARED = (
 )
 
 
-class UnstableValueError(ValueError):
-    """A value has no text that is the same in the next process."""
-
-
-def stable_text(value: Any) -> str:
-    """A text that identifies a value across processes.
-
-    Raises:
-        UnstableValueError: there is none.
+def text_of(value: Any) -> str:
+    """A text that identifies a value, in every process if there is such a text.
 
     Example:
-        >>> stable_text(0.5), stable_text((1, None))
+        >>> text_of(0.5), text_of((1, None))
         ('0.5', '(1, None)')
     """
     if isinstance(value, torch.Tensor):
@@ -81,47 +75,73 @@ def stable_text(value: Any) -> str:
         return f"{value.__name__} {source_hash(value)}"
     if callable(value) and hasattr(value, "__code__"):
         return f"{value.__qualname__} {code_hash(value)}"
-    text = repr(value)
-    if " at 0x" in text:
-        raise UnstableValueError(text)
-    return text
+    return repr(value)
 
 
-def config_values(config: triton.Config) -> dict[str, int]:
-    """A Triton config as the integers that are stored; what is no integer becomes a hash.
+def is_lasting(text: str) -> bool:
+    """Whether a text of :func:`text_of` means the same in the next process.
 
     Example:
-        >>> config_values(triton.Config({"BLOCK": 64, "FAST": True}, num_warps=8))
-        {'BLOCK': 64, 'FAST': 1, 'num_warps': 8, 'num_ctas': 1, 'num_stages': 3}
+        >>> is_lasting(text_of(64)), is_lasting(text_of(object()))
+        (True, False)
     """
-    values = {name: _as_int(value) for name, value in config.all_kwargs().items()}
-    if config.pre_hook is not None:
-        values["pre_hook"] = _as_int(config.pre_hook)
-    return values
+    return " at 0x" not in text
+
+
+ABSENT = -1
+"""Stands where a config says nothing of what another one of the list says."""
+
+
+def stored_values(configs: Sequence[triton.Config]) -> list[dict[str, int]]:
+    """Triton configs as the integers that are stored: all with the same names.
+
+    What is no integer becomes a hash.
+
+    Example:
+        >>> configs = [triton.Config({"BLOCK": 64}), triton.Config({"BLOCK": 128}, maxnreg=96)]
+        >>> [values["maxnreg"] for values in stored_values(configs)]
+        [-1, 96]
+    """
+    rows = []
+    for config in configs:
+        row = {name: _as_int(value) for name, value in config.all_kwargs().items()}
+        if config.pre_hook is not None:
+            row["pre_hook"] = _as_int(config.pre_hook)
+        rows.append(row)
+    absent = {name: ABSENT for row in rows for name in row}
+    return [{**absent, **row} for row in rows]
 
 
 def _as_int(value: Any) -> int:
     if isinstance(value, int):
         return int(value)
-    return int(digest(stable_text(value))[:12], 16)
+    return int(digest(text_of(value))[:12], 16)
 
 
 @dataclass(frozen=True)
 class KernelConfig(Config):
-    """One config as stored: names and integers, in the order of ``triton.Config``."""
-
-    values: tuple[tuple[str, int], ...]
-
-    def as_dict(self) -> dict[str, int]:
-        """The values by name."""
-        return dict(self.values)
+    """One config as stored; the names of a list of configs make a class of their own."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KernelConfig:
-        """Rebuild a config from JSON."""
+        """Rebuild a config from JSON.
+
+        Example:
+            >>> KernelConfig.from_dict({"BLOCK": 64, "num_warps": 4}).as_dict()
+            {'BLOCK': 64, 'num_warps': 4}
+        """
         if any(type(value) is not int for value in values.values()):
             raise bad_value("config", "integers", dict(values))
-        return cls(tuple(values.items()))
+        return _config_class(tuple(values))(*values.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KernelConfig.from_dict, (self.as_dict(),)
+
+
+@functools.cache
+def _config_class(names: tuple[str, ...]) -> type[KernelConfig]:
+    fields = [(name, int) for name in names]
+    return make_dataclass("KernelConfig", fields, bases=(KernelConfig,), frozen=True)
 
 
 Grid = tuple[int, int, int]
@@ -176,9 +196,8 @@ class KernelProblem:
 
     def __getstate__(self) -> dict[str, Any]:
         hooked = tuple(config.pre_hook is not None for config in self.configs)
-        values = tuple(config_values(config) for config in self.configs)
         configs = self.configs_to_send()
-        return {**self.__dict__, "configs": configs, "_hooked": hooked, "_values": values}
+        return {**self.__dict__, "configs": configs, "_hooked": hooked, "_values": self.values()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -190,14 +209,24 @@ class KernelProblem:
             ArgumentValueError: it is none of them.
         """
         values = config.as_dict()
-        for index, known in enumerate(self._stored_values()):
+        for index, known in enumerate(self.values()):
             if known == values:
                 return index
         raise bad_value("config", "one of the kernel's configs", values)
 
-    def _stored_values(self) -> Sequence[dict[str, int]]:
+    def values(self) -> Sequence[dict[str, int]]:
+        """The candidates as they are stored."""
         sent: Sequence[dict[str, int]] | None = self.__dict__.get("_values")
-        return sent if sent is not None else [config_values(config) for config in self.configs]
+        return sent if sent is not None else stored_values(self.configs)
+
+    def lasts(self) -> bool:
+        """Whether an entry of this call would mean the same in another process."""
+        values = [value for config in self.configs for value in config.all_kwargs().values()]
+        return all(map(is_lasting, [*map(text_of, values), *(str(field) for _, field in self.key)]))
+
+    def without_tensors(self) -> KernelProblem:
+        """The same problem for one who does not run it: nothing but types and sizes."""
+        return replace(self, arguments=replace(self.arguments, storages=()))
 
     def triton_config(self, position: int, tuner: Autotuner) -> triton.Config:
         """A candidate with its hook, which in another process is the found kernel's."""
@@ -205,9 +234,9 @@ class KernelProblem:
         hooked = self.__dict__.get("_hooked")
         if hooked is None or not hooked[position] or config.pre_hook is not None:
             return config
-        wanted = self._stored_values()[position]
+        wanted = self.values()[position]
         for known in tuner.configs:
-            if config_values(known) == wanted:
+            if {**dict.fromkeys(wanted, ABSENT), **stored_values([known])[0]} == wanted:
                 return known
         raise KernelNotFoundError(f"no config of {self.operator} has the hook of {config}")
 
@@ -231,7 +260,7 @@ class KernelAlgorithm(Algorithm):
 
     def listed(self, problem: KernelProblem) -> list[KernelConfig]:
         """The configs, which are the same on every device."""
-        return [KernelConfig(tuple(values.items())) for values in problem._stored_values()]
+        return [KernelConfig.from_dict(values) for values in problem.values()]
 
     def source_hash(self) -> str:
         """The kernel's."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import atexit
 import os
-import pickle
 import sys
 import tempfile
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,24 +22,28 @@ import triton
 from tritonconv.runtime import tables
 from tritonconv.runtime.compat import interpreting
 from tritonconv.runtime.device import device_facts
-from tritonconv.runtime.operators import Field
+from tritonconv.runtime.operators import Field, Operator, Problem
 from tritonconv.runtime.settings import settings
-from tritonconv.runtime.tables import Entry, digest
+from tritonconv.runtime.tables import Entry, Trial
 
 from .answers import readable
+from .compiling import CompilePool, CompileResult
 from .foreign import (
     KernelOperator,
     KernelProblem,
-    UnstableValueError,
-    config_values,
     grids_of,
 )
+from .forkserver import dumps
 from .kernel_call import capture
 from .kernel_source import KernelNotFoundError, chain, place_of
+from .laboratory import Setup, close_lab
 from .measure import CudaLab, Lab
-from .search import Effort, Status
+from .report import Options, Report, Result
+from .search import Effort, Failure, Status, StrategyName
+from .session import Compiler
+from .space import Candidate, space
 from .store import Store
-from .tune import Options, Report, Result, tune_pairs
+from .tune import tune_pairs
 
 if TYPE_CHECKING:
     from .decorator import Autotuner
@@ -95,30 +97,25 @@ class Tuning:
         if settings.autotune == "off" or unmeasurable:
             return Found(default, keep=True)
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        try:
-            listed = digest([[list(item) for item in config_values(c).items()] for c in configs])
-            persistent = True
-        except UnstableValueError:
-            listed, persistent = "", False
-        key = {**fields, "configs": listed}
-        entry = self._stored(key, device) if persistent else None
+        problem = self.problem(args, kwargs, grid, configs, fields, named)
+        persistent = problem.lasts()
+        entry = self._stored(problem, device) if persistent else None
         if entry is not None:
-            return Found(self._winner(entry, configs), keep=not capturing)
+            return Found(_winner(entry, problem), keep=not capturing)
         reason, keep = _why_not_tune(capturing)
-        name = self.operator(False).name
         if reason is not None:
+            name = problem.operator
             if reason:
                 _warn_once(name, f"{name} is not tuned and its first config is used: {reason}")
             return Found(default, keep)
 
-        problem = self.problem(args, kwargs, grid, configs, key, named)
         begin = time.monotonic()
         report = self._tune(problem, device, persistent)
         self.tuner.bench_time = time.monotonic() - begin
         if report.entry is None:
             return Found(default, keep=True)
-        self._show(report, configs)
-        return Found(self._winner(report.entry, configs), keep=True)
+        self._show(report.entry, problem)
+        return Found(_winner(report.entry, problem), keep=True)
 
     def problem(
         self,
@@ -126,13 +123,13 @@ class Tuning:
         kwargs: dict[str, Any],
         grid: Any,
         configs: Sequence[triton.Config],
-        key: Mapping[str, Field],
+        fields: Mapping[str, Field],
         named: Mapping[str, Any],
     ) -> KernelProblem:
-        """A call as a problem for the tuner; arguments as for :meth:`find`, and the whole key."""
+        """A call as a problem for the tuner; arguments as for :meth:`find`."""
         return KernelProblem(
             operator=self.operator(False).name,
-            key=tuple(key.items()),
+            key=tuple(fields.items()),
             arguments=capture(self.tuner.arg_names, args, kwargs),
             configs=tuple(configs),
             grids=grids_of(grid, configs, lambda config: self._meta(named, config)),
@@ -149,17 +146,18 @@ class Tuning:
             self._operators[isolated] = KernelOperator(self.tuner, place)
         return self._operators[isolated]
 
-    def _stored(self, key: Mapping[str, Field], device: torch.device | None) -> Entry | None:
-        """The entry of a key in the tuned tables, best source first."""
+    def _stored(self, problem: KernelProblem, device: torch.device | None) -> Entry | None:
+        """The entry of a call and its configs in the tuned tables, best source first."""
         operator = self.operator(False)
         facts = device_facts(device) if _lab is None else _lab.facts
         table = tables.tuned_table(facts)
         state = (tables.epoch(), table)
         if self._entries is None or self._entries[0] != state:
             self._entries = state, list(readable(table, operator.name))
-        source = operator.source_hash()
+        source, key = operator.source_hash(), dict(problem.fields())
+        listed = space(operator, problem, facts).hash
         for entry in self._entries[1]:
-            if entry.source_hash == source and dict(entry.problem) == key:
+            if entry.source_hash == source and entry.space_hash == listed and entry.problem == key:
                 return entry
         return None
 
@@ -175,19 +173,20 @@ class Tuning:
         with tempfile.TemporaryDirectory(prefix="tritonconv-") as scratch:
             store = Store() if persistent else Store(Path(scratch))
             for trusted in range(min(_TRUSTED_TRIES, len(problem.configs))):
-                with _laboratory(device, isolated) as lab:
+                with _laboratory(device, isolated) as (lab, compiler):
                     (report,) = tune_pairs(
                         [(operator, replace(problem, trusted=trusted))],
                         budget_s=self.tuner.budget_s,
-                        options=Options(effort=Effort.FULL),
+                        options=Options(Effort.FULL, StrategyName.EXHAUSTIVE),
                         store=store,
                         lab=lab,
+                        compiler=compiler,
                     )
                 if report.result is not Result.FAILED or not _died(report):
                     break
                 # The config that all were to be compared with may be the one that kills: try
                 # another one in a process that has not met it.
-                _close_labs()
+                _end_processes()
         assert report is not None
         wrong = report.failures().get(Status.NUMERIC, 0)
         if wrong:
@@ -206,11 +205,9 @@ class Tuning:
         if not self.tuner.isolated:
             return False
         try:
-            self.operator(True)
             # Tensors travel as bytes, which always works.
-            pickle.dumps((replace(problem.arguments, storages=()), problem.configs_to_send()))
-            import_module(f"{__package__}.isolated")
-        except (KernelNotFoundError, ImportError) as error:
+            dumps((self.operator(True), problem.without_tensors()))
+        except KernelNotFoundError as error:
             reason = str(error)
         except Exception as error:  # pickling fails in as many ways as there are classes
             reason = f"an argument cannot be sent to another process ({error})"
@@ -234,39 +231,36 @@ class Tuning:
                     meta[name] = compute(meta)
         return meta
 
-    @staticmethod
-    def _winner(entry: Entry, configs: Sequence[triton.Config]) -> triton.Config:
-        best = dict(entry.best.config)
-        return next((c for c in configs if _values_or_none(c) == best), configs[0])
-
-    def _show(self, report: Report, configs: Sequence[triton.Config]) -> None:
+    def _show(self, entry: Entry, problem: KernelProblem) -> None:
         """Publish the timings as Triton's class does, in milliseconds."""
-        assert report.entry is not None
-        timings = {}
-        for trial in report.entry.trials:
-            for config in configs:
-                if trial.timing is not None and _values_or_none(config) == dict(trial.config):
-                    timing = trial.timing
-                    timings[config] = [t / 1e3 for t in (timing.p50, timing.p20, timing.p80)]
-        self.tuner.configs_timings = timings
+        times = {_identity(trial): trial.timing for trial in entry.trials}
+        self.tuner.configs_timings = {}
+        for config, values in zip(problem.configs, problem.values(), strict=True):
+            timing = times.get(tuple(sorted(values.items())))
+            if timing is not None:
+                milliseconds = [t / 1e3 for t in (timing.p50, timing.p20, timing.p80)]
+                self.tuner.configs_timings[config] = milliseconds
         if triton.knobs.autotuning.print:
             print(
-                f"tritonconv: tuned {report.problem} in {self.tuner.bench_time:.1f} s, best: "
-                f"{self._winner(report.entry, configs)}",
+                f"tritonconv: tuned {problem} in {self.tuner.bench_time:.1f} s, best: "
+                f"{_winner(entry, problem)}",
                 file=sys.stderr,
             )
+
+
+def _winner(entry: Entry, problem: KernelProblem) -> triton.Config:
+    best = _identity(entry.best)
+    rows = zip(problem.configs, problem.values(), strict=True)
+    return next((c for c, v in rows if tuple(sorted(v.items())) == best), problem.configs[0])
+
+
+def _identity(trial: Trial) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(trial.config.items()))
 
 
 def decorated_operators() -> list[KernelOperator]:
     """Operators of the kernels that were decorated and called in this process."""
     return [operator for tuning in list(_live) for operator in tuning._operators.values()]
-
-
-def _values_or_none(config: triton.Config) -> dict[str, int] | None:
-    try:
-        return config_values(config)
-    except UnstableValueError:
-        return None
 
 
 def _died(report: Report) -> bool:
@@ -326,34 +320,65 @@ def using_lab(lab: Lab) -> Iterator[None]:
         _lab = before
 
 
-_labs: dict[torch.device, Any] = {}
-_labs_lock = threading.RLock()
-_closing: threading.Timer | None = None
+class _TypesOnly:
+    """Passes candidates on to a pool, which compiles and has no use for the tensors' bytes."""
+
+    def __init__(self, pool: CompilePool) -> None:
+        self.pool = pool
+
+    def submit(self, operator: Operator, problem: Problem, candidates: Iterable[Candidate]) -> None:
+        """Start compiling."""
+        assert isinstance(problem, KernelProblem)
+        self.pool.submit(operator, problem.without_tensors(), candidates)
+
+    def results(
+        self, operator: Operator, problem: Problem, candidates: Iterable[Candidate]
+    ) -> Iterator[tuple[Candidate, CompileResult | Failure]]:
+        """Candidates as they are compiled."""
+        assert isinstance(problem, KernelProblem)
+        for candidate, found in self.pool.results(operator, problem.without_tensors(), candidates):
+            if isinstance(found, CompileResult):
+                # The user wants this config tried, whatever it spills.
+                found = replace(found, resources=replace(found.resources, spill_bytes=None))
+            yield candidate, found
+
+
+_processes: dict[torch.device, tuple[Lab, CompilePool | None]] = {}
+_processes_lock = threading.RLock()
+_ending: threading.Timer | None = None
 
 
 @contextmanager
-def _laboratory(device: torch.device | None, isolated: bool) -> Iterator[Lab]:
-    """Where to measure; the measuring process stays for a while, as more keys may follow."""
-    global _closing
+def _laboratory(
+    device: torch.device | None, isolated: bool
+) -> Iterator[tuple[Lab, Compiler | None]]:
+    """Where to measure; the processes stay for a while, as more keys may follow."""
+    global _ending
     if _lab is not None or not isolated:
-        yield _lab if _lab is not None else CudaLab(device)
+        yield _lab if _lab is not None else CudaLab(device), None
         return
     assert device is not None
-    with _labs_lock:
-        if _closing is not None:
-            _closing.cancel()
-        if device not in _labs:
-            _labs[device] = import_module(f"{__package__}.isolated").WorkerLab(device)
+    with _processes_lock:
+        if _ending is not None:
+            _ending.cancel()
+        if device not in _processes:
+            setup = Setup()
+            lab = setup.lab(device)
+            _processes[device] = lab, setup.pool(device_facts(device))
+        lab, pool = _processes[device]
         try:
-            yield _labs[device]
+            yield lab, None if pool is None else _TypesOnly(pool)
         finally:
-            _closing = threading.Timer(_IDLE_SECONDS, _close_labs)
-            _closing.daemon = True
-            _closing.start()
+            _ending = threading.Timer(_IDLE_SECONDS, _end_processes)
+            _ending.daemon = True
+            _ending.start()
 
 
 @atexit.register
-def _close_labs() -> None:
-    with _labs_lock:
-        while _labs:
-            _labs.popitem()[1].close()
+def _end_processes() -> None:
+    with _processes_lock:
+        while _processes:
+            lab, pool = _processes.popitem()[1]
+            close_lab(lab)
+            if pool is not None:
+                pool.close()

@@ -19,8 +19,8 @@ from tritonconv.runtime.tables import Timing
 
 from .space import Candidate, CandidateKey, Space
 
-EXHAUSTIVE_LIMIT = 64
-QUICK_LIMIT = 64
+EXHAUSTIVE_LIMIT = 32
+QUICK_LIMIT = 32
 BATCH = 16
 EXPLORED_SHARE = 0.15
 """Share of candidates that are picked at random, because models are wrong somewhere."""
@@ -34,7 +34,7 @@ _GAIN = 0.98  # a restart that gains less than this was in vain
 class Effort(StrEnum):
     """How much of a space to try.
 
-    ``none``: the first config of every algorithm. ``quick``: at most 64 candidates, fewer where a
+    ``none``: the first config of every algorithm. ``quick``: at most 32 candidates, fewer where a
     search ends earlier. ``full``: everything that the budget allows, the most promising first.
     """
 
@@ -82,7 +82,7 @@ class Budget:
 class StrategyName(StrEnum):
     """How the candidates of a space are gone through; all begin with the default and the heads.
 
-    ``auto``: exhaustive up to 64 candidates, descent beyond. ``exhaustive``: all, in order,
+    ``auto``: exhaustive up to 32 candidates, descent beyond. ``exhaustive``: all, in order,
     whatever the effort. ``random``: in a seeded order. ``model``: as the hardware model predicts,
     with a share of random ones. ``descent``: from the default, winners of the nearest tuned
     problems, the model's best and random seeds to better neighbours, until none is better.
@@ -96,7 +96,7 @@ class StrategyName(StrEnum):
 
 
 LARGE_SPACE_STRATEGY = StrategyName.DESCENT
-"""What ``auto`` takes beyond 64 candidates (docs/benchmarks compares them)."""
+"""What ``auto`` takes beyond 32 candidates (docs/benchmarks compares them)."""
 
 
 class Strategy(Protocol):
@@ -279,7 +279,7 @@ def make_strategy(
     Args:
         name: which.
         space: the candidates of a problem.
-        effort: ``none`` asks for the heads alone, ``quick`` for at most 64 candidates.
+        effort: ``none`` asks for the heads alone, ``quick`` for at most 32 candidates.
         nearest: winners of the nearest tuned problems, tried early; unknown ones are ignored.
         max_configs: at most so many candidates, whatever the effort.
         seed: of everything random.

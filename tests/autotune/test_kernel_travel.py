@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonconv.autotune.decorator import Autotuner
-from tritonconv.autotune.foreign import KernelProblem, stable_text
+from tritonconv.autotune.foreign import KernelProblem, is_lasting, text_of
 from tritonconv.autotune.foreign_tuning import Tuning
 from tritonconv.autotune.kernel_call import capture
 from tritonconv.autotune.kernel_source import (
@@ -63,6 +64,7 @@ for config in algorithm.configs(problem, None):
 SCRIPT = '''
 """A script that does things, some of them without asking whether it is the main program."""
 import sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 import triton
@@ -175,10 +177,13 @@ class TestPlaces:
         assert source_hash(kernels.heuristic_below) != source_hash(kernels.heuristic_below.fn.fn)
         assert source_hash(kernels.make_local(2)) == source_hash(kernels.make_local(2))
 
-    def test_stable_text(self) -> None:
-        assert stable_text(torch.float32) == "torch.float32"
-        with pytest.raises(ValueError, match="object at 0x"):
-            stable_text(object())
+    def test_texts(self) -> None:
+        assert text_of(torch.float32) == "torch.float32"
+        x = torch.randn(100)
+        assert problem_of(kernels.double, (x, x, 100)).lasts()
+        fleeting = triton.Config({"BLOCK": object()})
+        assert not is_lasting(text_of(fleeting.kwargs["BLOCK"]))
+        assert not replace(problem_of(kernels.double, (x, x, 100)), configs=(fleeting,)).lasts()
 
 
 class TestCalls:
