@@ -127,13 +127,15 @@ def from_tuner(module: str) -> Any:
     return import_module(f"tritonconv.autotune.{module}")
 
 
-_Seen = dict[tuple[int, int, int], tuple[Choice, Operator, Problem, DeviceFacts]]
+_Call = tuple[Operator, Problem, DeviceFacts]
 _MAX_SEEN = 4096
-_seen: _Seen = {}
+_seen: dict[tuple[int, int, int], tuple[Choice, _Call]] = {}
 """Earlier choices by identity: hashing a problem costs more than all the rest of a call's lookup.
 
 An item keeps its objects alive, so that no other object can take their identity.
 """
+_known: dict[_Call, Choice] = {}
+"""Earlier choices by value, for a problem that is described anew at every call."""
 
 
 def invalidate(operator: str | None = None) -> None:
@@ -148,8 +150,8 @@ def invalidate(operator: str | None = None) -> None:
 
 
 def _settings_changed() -> None:
-    global _seen
-    _seen = {}  # a lookup that is still under way in another thread fills the old one
+    global _known, _seen
+    _known, _seen = {}, {}  # a lookup still under way in another thread fills the old ones
     advance()
 
 
@@ -186,7 +188,12 @@ def choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice:
 
 
 def _choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice:
-    seen = _seen
+    known, seen = _known, _seen
+    call = (operator, problem, device)
+    earlier = known.get(call)
+    if earlier is not None:
+        _remember(seen, (id(operator), id(problem), id(device)), (earlier, call))
+        return earlier
     table = tuned_table(device)
     choice = table.lookup(operator, problem)
     final = True
@@ -194,7 +201,7 @@ def _choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice
         final = _may_measure()
         if final:
             from_tuner("tune").tune_on_the_spot(operator, problem, device)
-            seen = _seen  # a new one, if there is a new entry
+            known, seen = _known, _seen  # new ones, if there is a new entry
             choice = table.lookup(operator, problem)
     if choice.tier not in TUNED_TIERS:
         if settings.require_tuned:
@@ -202,10 +209,15 @@ def _choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice
         if settings.autotune != "off":
             missed.record(table.environment, operator, problem)
     if final:
-        if len(seen) >= _MAX_SEEN:
-            seen.clear()
-        seen[id(operator), id(problem), id(device)] = (choice, operator, problem, device)
+        _remember(known, call, choice)
+        _remember(seen, (id(operator), id(problem), id(device)), (choice, call))
     return choice
+
+
+def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(memory) >= _MAX_SEEN:
+        memory.clear()
+    memory[key] = value
 
 
 def _may_measure() -> bool:
