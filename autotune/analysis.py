@@ -6,6 +6,7 @@ are ratios of medians, summarised by geometric means.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from tritonconv.runtime.operators import Field
 from tritonconv.runtime.tables import Entry, Tier, Timing, Trial, bucket
 
 from .choose import TIE_FRACTION
+from .replay import Curve
 from .search import Status
 from .space import CandidateKey
 from .store import trial_key
@@ -133,32 +135,21 @@ def _finalists(entry: Entry) -> dict[CandidateKey, Timing]:
 
 
 @dataclass(frozen=True)
-class SearchRun:
-    """One simulated search of one problem.
+class StrategyCurve:
+    """One search strategy over many simulated searches.
 
     Attributes:
         strategy: its name.
-        problem: in words.
-        optimum_us: the least time in the recorded table.
-        points: (seconds since the start, best time so far in µs), at every improvement.
+        problems: how many different ones it searched.
+        points: (seconds since the start of a problem, best so far over the optimum) steps.
     """
-
-    strategy: str
-    problem: str
-    optimum_us: float
-    points: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A strategy over all problems: (seconds per problem, best so far over the optimum) steps."""
 
     strategy: str
     problems: int
     points: tuple[tuple[float, float], ...]
 
     def at(self, seconds: float) -> float | None:
-        """The value at a time; None before every problem has its first timing."""
+        """The value at a time; None before every search has its first timing."""
         reached = [value for when, value in self.points if when <= seconds]
         return reached[-1] if reached else None
 
@@ -167,28 +158,26 @@ class Curve:
         return next((when for when, value in self.points if value <= ratio), None)
 
 
-def best_so_far(runs: Iterable[SearchRun]) -> tuple[Curve, ...]:
-    """Average the runs of each strategy: at every time the geometric mean over its problems.
+def best_so_far(searches: Iterable[Curve]) -> tuple[StrategyCurve, ...]:
+    """Average searches by strategy: at every time the geometric mean over problems and seeds.
 
-    A curve starts when the slowest of its problems has its first timing.
+    A curve starts when the slowest of its searches has its first timing.
     """
-    grouped: dict[str, list[SearchRun]] = {}
-    for run in runs:
-        if run.points:
-            grouped.setdefault(run.strategy, []).append(run)
+    grouped: dict[str, list[Curve]] = {}
+    for search in searches:
+        if search.points:
+            grouped.setdefault(str(search.strategy), []).append(search)
     curves = []
     for strategy, found in grouped.items():
-        start = max(run.points[0][0] for run in found)
-        times = sorted({start, *(t for run in found for t, _ in run.points if t > start)})
-        points: list[tuple[float, float]] = []
-        for when in times:
-            ratios = [
-                [us for t, us in run.points if t <= when][-1] / run.optimum_us for run in found
-            ]
-            value = geomean(ratios)
+        start = max(search.points[0].seconds for search in found)
+        moments = {point.seconds for search in found for point in search.points}
+        points = []
+        for when in sorted(moment for moment in moments if moment >= start):
+            value = geomean(search.regret(seconds=when) for search in found)
             assert value is not None
             points.append((when, value))
-        curves.append(Curve(strategy, len(found), tuple(points)))
+        problems = {(search.operator, _words(search.problem)) for search in found}
+        curves.append(StrategyCurve(strategy, len(problems), tuple(points)))
     return tuple(curves)
 
 
@@ -259,16 +248,19 @@ def look_up(
         theirs = _split(entry.problem)[1]
         return sum((math.log2(max(theirs[n], 1)) - math.log2(max(sizes[n], 1))) ** 2 for n in sizes)
 
-    for entry in sorted(same, key=Entry.key):
-        theirs = _split(entry.problem)[1]
-        if {name: bucket(size) for name, size in theirs.items()} == buckets:
-            if serves(entry.best, problem, operator):
-                return Tier.BUCKET, entry
-            break
-    for entry in sorted(same, key=lambda e: (distance(e), e.key()))[:4]:
+    ranked = sorted(same, key=lambda entry: (distance(entry), _words(entry.problem)))
+    for entry in ranked:
+        theirs = {name: bucket(size) for name, size in _split(entry.problem)[1].items()}
+        if theirs == buckets and serves(entry.best, problem, operator):
+            return Tier.BUCKET, entry
+    for entry in ranked[:4]:
         if serves(entry.best, problem, operator):
             return Tier.NEAREST, entry
     return None
+
+
+def _words(fields: Mapping[str, Field]) -> str:
+    return json.dumps(dict(fields), sort_keys=True)
 
 
 def _split(fields: Mapping[str, Field]) -> tuple[dict[str, Field], dict[str, int]]:

@@ -207,35 +207,37 @@ class CompilePool:
     ) -> Iterator[tuple[Candidate, CompileOutcome]]:
         """Submit candidates and yield them with their outcomes, each as soon as it is there.
 
-        Candidates that are dropped while they wait are left out.
+        They go before everything that nobody waits for. Candidates that are dropped while they
+        wait are left out.
 
         Raises:
             RuntimeError: the pool is closed, or its processes cannot be started.
         """
         waiting = list(candidates)
         self.submit(operator, problem, waiting)
+        self._hasten({_key(operator, problem, candidate) for candidate in waiting})
         while waiting:
             with self._changed:
-                ready: list[tuple[Candidate, CompileOutcome]] = []
-                later: list[Candidate] = []
-                while not ready and waiting:
-                    later = []
-                    for candidate in waiting:
-                        key = _key(operator, problem, candidate)
-                        if key in self._outcomes:
-                            ready.append((candidate, self._outcomes[key]))
-                        elif key in self._pending:
-                            later.append(candidate)
-                    waiting = later
-                    if not ready and waiting:
-                        if self._closed or self._broken is not None:
-                            raise RuntimeError(
-                                "the compile pool is closed"
-                                if self._broken is None
-                                else f"no compile process can be started: {self._broken}"
-                            ) from self._broken
-                        self._changed.wait()
+                while True:
+                    keys = [(c, _key(operator, problem, c)) for c in waiting]
+                    ready = [(c, self._outcomes[key]) for c, key in keys if key in self._outcomes]
+                    waiting = [c for c, key in keys if key in self._pending]
+                    if ready or not waiting:
+                        break
+                    if self._broken is not None:
+                        text = f"no compile process can be started: {self._broken}"
+                        raise RuntimeError(text) from self._broken
+                    if self._closed:
+                        raise RuntimeError("the compile pool is closed")
+                    self._changed.wait()
             yield from ready
+
+    def _hasten(self, keys: set[_JobKey]) -> None:
+        """Move jobs to the front of the queue, keeping their order."""
+        with self._changed:
+            wanted = [job for job in self._queue if job.key in keys]
+            rest = [job for job in self._queue if job.key not in keys]
+            self._queue = collections.deque([*wanted, *rest])
 
     def outcome(
         self, operator: Operator, problem: Problem, candidate: Candidate
@@ -350,9 +352,7 @@ class CompilePool:
             cause = error
         except RemoteError as error:
             # Not of the candidate, whose errors are outcomes: its parts cannot be made there.
-            replace = seat.starting
             outcome = Failure(Status.CONSTRAINT, f"in the compile process: {error}"[:300])
-            cause = error
         if seat.starting:
             seat.starting = False
             if replace:

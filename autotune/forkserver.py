@@ -355,7 +355,7 @@ class ForkServer:
         if command.nice:
             with contextlib.suppress(OSError):
                 os.nice(command.nice)
-        if command.fork and self.fork:
+        if command.fork and self.fork and not _cuda_is_out_of_reach():
             run_worker(Channel(socket.socket(fileno=connection)))
         else:
             os.set_inheritable(connection, True)
@@ -412,6 +412,13 @@ def _load_prctl() -> Callable[[int, int], None]:
 _prctl = _load_prctl()
 
 
+def _cuda_is_out_of_reach() -> bool:
+    """Whether something that was imported has touched CUDA, which a fork then cannot use."""
+    torch = sys.modules.get("torch")
+    poisoned = None if torch is None else getattr(torch.cuda, "_is_in_bad_fork", None)
+    return poisoned is not None and bool(poisoned())
+
+
 def _threads() -> int:
     try:
         return len(os.listdir("/proc/self/task"))
@@ -436,6 +443,7 @@ def main(control: int, parent: int) -> None:
     # A thread does not survive a fork, and what it held stays locked: then start afresh instead.
     connection = socket.socket(fileno=control)
     ForkServer(connection, parent, fork=_threads() == 1).run()
+    os._exit(0)  # nothing of what is done at exit concerns this process
 
 
 def _hash_triton() -> None:

@@ -72,14 +72,15 @@ def host_times(
             **make(problem, device),
         }
         for name, call in ladder.items():
-            time_taken = HostTime(name, _host_time(call, calls, repeats))
+            time_taken = HostTime(name, host_time(call, calls, repeats))
             found.append(time_taken)
             if progress is not None:
                 progress(time_taken)
     return found
 
 
-def _host_time(call: Callable[[], Any], calls: int, repeats: int) -> float:
+def host_time(call: Callable[[], Any], calls: int, repeats: int) -> float:
+    """Microseconds that a call keeps the host busy: the least of several means."""
     for _ in range(20):
         call()
     torch.cuda.synchronize()

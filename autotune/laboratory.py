@@ -12,7 +12,7 @@ from tritonconv.runtime.device import DeviceFacts
 
 from .compiling import COMPILE_SECONDS, CompilePool, default_jobs
 from .isolated import RUN_SECONDS, WorkerLab
-from .measure import CudaLab, Lab
+from .measure import CudaLab, Lab, NoDeviceError
 from .session import Compiler
 
 
@@ -76,6 +76,16 @@ def laboratory(
         if pool is not None:
             stack.enter_context(pool)
         yield lab, pool
+
+
+def require_gpu() -> None:
+    """Refuse to measure where there is nothing to measure on.
+
+    Raises:
+        NoDeviceError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise NoDeviceError("measuring needs a CUDA GPU, and PyTorch sees none")
 
 
 def close_lab(lab: Lab) -> None:

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 
 from tritonconv.runtime.accuracy import Accuracy, check
+from tritonconv.runtime.aot import compile_plan
 from tritonconv.runtime.device import DeviceFacts, device_facts
 from tritonconv.runtime.errors import TritonConvError
 from tritonconv.runtime.launch import Executable
@@ -45,6 +46,7 @@ _MAX_CLONES = 256
 _MAX_CALLS = 256
 _REPLAY_SECONDS = 400e-6  # a replay lasts at least this long, so that its own start is hidden
 _COLD_FACTOR = 3  # times the L2
+_HOPELESS = 2.5  # times the fastest so far: not worth a graph
 
 
 class Policy(StrEnum):
@@ -61,14 +63,6 @@ class CandidateError(TritonConvError):
     def __init__(self, failure: Failure) -> None:
         super().__init__(f"{failure.status}: {failure.reason}")
         self.failure = failure
-
-
-class TurnError(CandidateError):
-    """A candidate failed while several were timed in turns; ``index`` is its position."""
-
-    def __init__(self, failure: Failure, index: int) -> None:
-        super().__init__(failure)
-        self.index = index
 
 
 class DeviceLostError(TritonConvError):
@@ -155,17 +149,39 @@ def take_turns(
     """Time several candidates in turns, another one leading each turn.
 
     Raises:
-        TurnError: a candidate failed, which it may do only after many calls.
+        CandidateError: a candidate failed, which it may do only after many calls.
     """
     samples: list[list[float]] = [[] for _ in handles]
     for turn in range(turns):
         for offset in range(len(handles)):
             index = (turn + offset) % len(handles)
-            try:
-                samples[index] += timer.sample(handles[index], seconds)
-            except CandidateError as error:
-                raise TurnError(error.failure, index) from error
+            samples[index] += timer.sample(handles[index], seconds)
     return [summarize(values) for values in samples]
+
+
+def time_once(timer: Timer, candidate: Candidate) -> tuple[Timing, str]:
+    """Prepare a candidate and time it briefly: its timing and what a reader of it should know.
+
+    A timer of another process does both at one request.
+
+    Raises:
+        CandidateError: it does not compile or does not run.
+    """
+    at_once: Callable[[Candidate], tuple[Timing, str]] | None = getattr(timer, "first_round", None)
+    if at_once is not None:
+        return at_once(candidate)
+    handle = timer.prepare(candidate)
+    return first_round(timer, handle), timer.note(handle)
+
+
+def time_in_turns(timer: Timer, handles: Sequence[Any]) -> list[Timing | Failure]:
+    """:func:`take_turns`, with the failures of candidates that did not last in their places."""
+    at_once: Callable[[Sequence[Any]], list[Timing | Failure]] | None = getattr(
+        timer, "take_turns", None
+    )
+    if at_once is not None:
+        return at_once(handles)
+    return list(take_turns(timer, handles))
 
 
 TensorSet = tuple[torch.Tensor, ...]
@@ -241,6 +257,7 @@ class CudaTimer:
         self.problem = problem
         self.device = device
         self.policy = policy
+        self.fastest = math.inf  # seconds of a call, of the candidates prepared so far
         _warm_up(device.index)
         l2_bytes = device_facts(device).l2_bytes
         self.sets: list[TensorSet] = []
@@ -279,6 +296,9 @@ class CudaTimer:
             by_events = _Prepared(run, sets, None, 1, estimate + self.clear_seconds)
             if self.policy is Policy.EAGER:
                 return by_events
+            self.fastest = min(self.fastest, estimate)
+            if estimate > _HOPELESS * self.fastest:
+                return replace(by_events, note="timed by events, as it is far from the fastest")
             clones = calls = len(sets)
             if not self.clear_before_replay:
                 repeats = math.ceil(_REPLAY_SECONDS / (estimate * clones))
@@ -440,6 +460,12 @@ class NumericCheck:
             expected[name] = (exact[name], plain[dtype][name])
         return expected
 
+    def prepare(self) -> None:
+        """Compute what is expected, which the first check does otherwise."""
+        if self.expected is None:
+            with _plain_mode():
+                self.expected = self._expect(self._tensors())
+
     def __call__(self, candidate: Candidate) -> Accuracy:
         """Run a candidate once and judge all its outputs; the worst verdict is returned.
 
@@ -481,6 +507,19 @@ class CudaLab:
     def facts(self) -> DeviceFacts:
         """The device whose tables are written."""
         return device_facts(self.device)
+
+    def compile(self, operator: Operator, problem: Problem, candidate: Candidate) -> None:
+        """Compile a candidate, if it is not compiled yet, and run nothing.
+
+        Raises:
+            CandidateError: it does not compile.
+        """
+        try:
+            plan = operator.algorithm(candidate.algorithm).plan(problem, candidate.config)
+            if plan is not None:
+                compile_plan(plan, self.facts.arch, resources=False)
+        except Exception as error:
+            raise CandidateError(classify(error)) from error
 
     def timer(self, operator: Operator, problem: Problem, policy: Policy, seed: int) -> Timer:
         """Start timing a problem."""

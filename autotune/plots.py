@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .analysis import Agreement, Curve, RegretSummary, SortedTimings, geomean
+from .analysis import Agreement, RegretSummary, SortedTimings, StrategyCurve, geomean
 from .extras import need
 from .landscape import HeatMap, Marginal, Roofline
 
@@ -90,7 +90,7 @@ def save(figure: Figure, path: Path, form: str) -> Path:
     return path
 
 
-def draw_best_so_far(curves: Sequence[Curve], caption: str) -> Figure:
+def draw_best_so_far(curves: Sequence[StrategyCurve], caption: str) -> Figure:
     """Best time so far over the best in the recorded table, against wall time per problem."""
     with _figure(6.4, 3.8, caption) as figure:
         ax = figure.subplots()
@@ -140,11 +140,12 @@ def draw_sorted(found: Sequence[SortedTimings], caption: str) -> Figure:
                 [row.p80_us for row in rows],
                 color="#BBBBBB",
                 linewidth=1,
+                label="p20 to p80",
             )
             ax.plot(ranks, [row.p50_us for row in rows], ".", color=GREY, markersize=3)
             for role, marker, colour, size, text in (
                 ("tied", "o", BLUE, 4, "tied"),
-                ("default", "s", ORANGE, 6, "default"),
+                ("default", "s", ORANGE, 9, "default"),
                 ("best", "*", RED, 10, "chosen"),
             ):
                 picked = [(i, r.p50_us) for i, r in zip(ranks, rows, strict=True) if role in r.role]
@@ -155,8 +156,9 @@ def draw_sorted(found: Sequence[SortedTimings], caption: str) -> Figure:
                         marker,
                         color=colour,
                         markersize=size,
-                        markeredgecolor="white",
-                        markeredgewidth=0.5,
+                        markerfacecolor="none" if role == "default" else colour,
+                        markeredgecolor=colour if role == "default" else "white",
+                        markeredgewidth=1.6 if role == "default" else 0.5,
                         label=text,
                     )
             ax.set_yscale("log")
@@ -299,7 +301,7 @@ def draw_heat_map(found: HeatMap, title: str, caption: str) -> Figure:
         bar = figure.colorbar(image, ax=ax, shrink=min(1.0, 8 / max(rows, 1)), pad=0.02)
         steps = [s for s in (0.25, 0.5, 0.8, 1, 1.25, 2, 4) if abs(math.log2(s)) <= limit + 1e-9]
         bar.set_ticks([math.log2(s) for s in steps], labels=[f"{s:g}×" for s in steps])
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         ax.set_title(title, loc="left")
     return figure
 

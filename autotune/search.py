@@ -19,8 +19,8 @@ from tritonconv.runtime.tables import Timing
 
 from .space import Candidate, CandidateKey, Space
 
-EXHAUSTIVE_LIMIT = 64
-QUICK_LIMIT = 64
+EXHAUSTIVE_LIMIT = 32
+QUICK_LIMIT = 32
 BATCH = 16
 EXPLORED_SHARE = 0.15
 """Share of candidates that are picked at random, because models are wrong somewhere."""
@@ -34,7 +34,7 @@ _GAIN = 0.98  # a restart that gains less than this was in vain
 class Effort(StrEnum):
     """How much of a space to try.
 
-    ``none``: the first config of every algorithm. ``quick``: at most 64 candidates, fewer where a
+    ``none``: the first config of every algorithm. ``quick``: at most 32 candidates, fewer where a
     search ends earlier. ``full``: everything that the budget allows, the most promising first.
     """
 
@@ -82,7 +82,7 @@ class Budget:
 class StrategyName(StrEnum):
     """How the candidates of a space are gone through; all begin with the default and the heads.
 
-    ``auto``: exhaustive up to 64 candidates, descent beyond. ``exhaustive``: all, in order,
+    ``auto``: exhaustive up to 32 candidates, descent beyond. ``exhaustive``: all, in order,
     whatever the effort. ``random``: in a seeded order. ``model``: as the hardware model predicts,
     with a share of random ones. ``descent``: from the default, winners of the nearest tuned
     problems, the model's best and random seeds to better neighbours, until none is better.
@@ -96,7 +96,7 @@ class StrategyName(StrEnum):
 
 
 LARGE_SPACE_STRATEGY = StrategyName.DESCENT
-"""What ``auto`` takes beyond 64 candidates (docs/benchmarks compares them)."""
+"""What ``auto`` takes beyond 32 candidates (docs/benchmarks compares them)."""
 
 
 class Strategy(Protocol):
@@ -176,15 +176,14 @@ class _Descent(_Batches):
         exhaust: bool,
     ) -> None:
         super().__init__(space, limit)
-        self._rng = rng
         self._exhaust = exhaust
-        self._by_model = model_order(space)
         self._shuffled = list(space.candidates)
         rng.shuffle(self._shuffled)
+        self._by_model = model_order(space) if space.predicted else self._shuffled
         self._seeds = [*space.heads, *nearest[:_NEAREST_SEEDS]]
         self._position = {key: index for index, key in enumerate(space.by_key)}
         self._times: dict[CandidateKey, float] = {}
-        self._around: set[CandidateKey] = set()
+        self._around: set[tuple[int, CandidateKey]] = set()
         self._before_restart: float | None = None
 
     def tell(self, outcomes: Sequence[tuple[Candidate, Outcome]]) -> None:
@@ -207,18 +206,22 @@ class _Descent(_Batches):
         return self._fresh(BATCH)
 
     def _neighbourhood(self) -> list[Candidate]:
-        """Untried neighbours of the best configs, of the very best first."""
+        """Untried neighbours of the best configs, of the very best first; then exchanges."""
         ranked = sorted(self._times, key=lambda key: (self._times[key], self._position[key]))
+        ranked = [key for key in ranked if self._times[key] <= _SLACK * self._times[ranked[0]]]
         batch: dict[CandidateKey, Candidate] = {}
-        for key in ranked:
-            if len(batch) >= BATCH or self._times[key] > _SLACK * self._times[ranked[0]]:
+        for kind, moves in enumerate((self.space.neighbours, self.space.exchanges)):
+            for key in ranked:
+                if len(batch) >= BATCH:
+                    break
+                if (kind, key) in self._around:
+                    continue
+                self._around.add((kind, key))
+                around = moves(self.space.by_key[key])
+                fresh = [c for c in around if c.as_key() not in self._asked]
+                batch |= {c.as_key(): c for c in sorted(fresh, key=self._expected)}
+            if batch:
                 break
-            if key in self._around:
-                continue
-            self._around.add(key)
-            around = self.space.neighbours(self.space.by_key[key])
-            fresh = [c for c in around if c.as_key() not in self._asked]
-            batch |= {c.as_key(): c for c in sorted(fresh, key=self._expected)}
         return list(batch.values())
 
     def _fresh(self, count: int) -> list[Candidate]:
@@ -276,7 +279,7 @@ def make_strategy(
     Args:
         name: which.
         space: the candidates of a problem.
-        effort: ``none`` asks for the heads alone, ``quick`` for at most 64 candidates.
+        effort: ``none`` asks for the heads alone, ``quick`` for at most 32 candidates.
         nearest: winners of the nearest tuned problems, tried early; unknown ones are ignored.
         max_configs: at most so many candidates, whatever the effort.
         seed: of everything random.
@@ -300,7 +303,7 @@ def make_strategy(
     if name is StrategyName.DESCENT:
         return _Descent(space, limit, near, rng, exhaust=effort is Effort.FULL)
     rest = list(space.candidates)
-    if name is StrategyName.RANDOM:
+    if name is StrategyName.RANDOM or (name is StrategyName.MODEL and not space.predicted):
         rng.shuffle(rest)
     elif name is StrategyName.MODEL:
         rest = _with_exploration(model_order(space), rng)

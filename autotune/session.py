@@ -24,7 +24,7 @@ from tritonconv.runtime.tables import Entry, Environment, Timing, Trial, environ
 
 from .compiling import CompileResult
 from .hardware import compiled_limits
-from .measure import CandidateError, Lab, Timer, TurnError, first_round, take_turns
+from .measure import CandidateError, Lab, Timer, time_in_turns, time_once
 from .report import Check, Options, Progress, Report, Result
 from .search import (
     Budget,
@@ -42,6 +42,10 @@ from .space import Candidate, CandidateKey, Space, space
 from .store import Store, elect, trial_key
 
 FINALISTS = 5
+MOST_FINALISTS = 10
+FINAL_BAND = 1.04
+"""Everything that the first round puts so close to the fastest goes into the final: which of
+several equal configs are in it must not hang on the noise of a short timing."""
 
 _FAILED = tuple(status for status in Status if status not in (Status.OK, Status.TIMED))
 
@@ -231,11 +235,10 @@ class Session:
             if reason is not None:
                 return replace(trial, status=Status.CONSTRAINT, reason=reason)
         try:
-            handle = timer.prepare(candidate)
-            timing = first_round(timer, handle)
+            timing, note = time_once(timer, candidate)
         except CandidateError as error:
             return replace(trial, status=error.failure.status, reason=error.failure.reason)
-        return replace(trial, timing=timing, reason=timer.note(handle))
+        return replace(trial, timing=timing, reason=note)
 
     def _too_hungry(self, candidate: Candidate, resources: Resources | None) -> str | None:
         """Why a compiled candidate is not worth timing; the default is timed whatever it takes."""
@@ -275,11 +278,14 @@ class Session:
                 row = (candidate.as_key() != default, trial.timing.p50, position, candidate)
                 ranked.append(row)
         ranked.sort(key=lambda row: row[:3])
-        self.progress.finalists(min(len(ranked), FINALISTS + 1))
+        fastest = min((time for _, time, *_ in ranked), default=0.0)
+        close = sum(time <= FINAL_BAND * fastest for _, time, *_ in ranked)
+        wanted = min(max(close, FINALISTS), MOST_FINALISTS) + 1  # the default is always in it
+        self.progress.finalists(min(len(ranked), wanted))
         finalists: list[Candidate] = []
         handles: list[Any] = []
         for *_, candidate in ranked:
-            if len(finalists) > FINALISTS:
+            if len(finalists) >= wanted:
                 break
             if not self._accept(checker, candidate):
                 continue
@@ -289,15 +295,11 @@ class Session:
                 self._reject(candidate, error.failure)
                 continue
             finalists.append(candidate)
-        # One that fails only after many calls goes, and the others are timed anew.
-        timings: list[Timing] = []
-        while finalists and not timings:
-            try:
-                timings = take_turns(timer, handles)
-            except TurnError as error:
-                self._reject(finalists.pop(error.index), error.failure)
-                handles.pop(error.index)
+        timings = time_in_turns(timer, handles)
         for candidate, handle, timing in zip(finalists, handles, timings, strict=True):
+            if isinstance(timing, Failure):
+                self._reject(candidate, timing)
+                continue
             key = candidate.as_key()
             self.trials[key] = replace(
                 self.trials[key], status=Status.OK, timing=timing, reason=timer.note(handle)

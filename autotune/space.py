@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -90,10 +90,19 @@ class Space:
 
     def neighbours(self, candidate: Candidate) -> tuple[Candidate, ...]:
         """Candidates of the same algorithm that are one step away (see ``ConfigSpace``)."""
+        return self._moved(candidate, ConfigSpace.neighbours)
+
+    def exchanges(self, candidate: Candidate) -> tuple[Candidate, ...]:
+        """Candidates of the same algorithm with one size doubled and another halved."""
+        return self._moved(candidate, ConfigSpace.exchanges)
+
+    def _moved(
+        self, candidate: Candidate, move: Callable[[ConfigSpace[Any], Config], Sequence[Config]]
+    ) -> tuple[Candidate, ...]:
         configs = self.configs.get(candidate.algorithm)
         if configs is None:
             return ()
-        moved = (Candidate(candidate.algorithm, c) for c in configs.neighbours(candidate.config))
+        moved = (Candidate(candidate.algorithm, c) for c in move(configs, candidate.config))
         return tuple(found for found in moved if found.as_key() in self.by_key)
 
     def reasons(self) -> Mapping[tuple[str, str], int]:

@@ -6,9 +6,12 @@ is done; started again, it times only what is not yet in the entry.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -16,6 +19,7 @@ from tritonconv.runtime.device import DeviceFacts
 from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.tables import digest, invalidate
 
+from .laboratory import laboratory
 from .measure import CudaLab, DeviceLostError, Lab, Policy
 from .report import (
     Check,
@@ -171,6 +175,14 @@ def unique_pairs(pairs: Iterable[tuple[Operator, Problem]]) -> list[tuple[Operat
 
 
 _attempted: set[str] = set()
+_kept = ExitStack()
+atexit.register(_kept.close)
+
+
+@functools.cache
+def _equipment(device: int) -> tuple[Lab, Compiler | None]:
+    """Processes that last as long as this one: a program meets its problems one by one."""
+    return _kept.enter_context(laboratory(device))
 
 
 def tune_on_the_spot(operator: Operator, problem: Problem, device: DeviceFacts) -> None:
@@ -191,7 +203,8 @@ def tune_on_the_spot(operator: Operator, problem: Problem, device: DeviceFacts) 
             stacklevel=2,
         )
         return
-    (report,) = tune(operator, [problem], budget_s=_ON_THE_SPOT_SECONDS)
+    lab, compiler = _equipment(torch.cuda.current_device())
+    (report,) = tune(operator, [problem], budget_s=_ON_THE_SPOT_SECONDS, lab=lab, compiler=compiler)
     if report.result is Result.FAILED:
         reason = report.reason or "no candidate passed"
         warnings.warn(f"tuning {problem} failed, the default is used: {reason}", stacklevel=2)

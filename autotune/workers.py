@@ -80,6 +80,7 @@ class _Server:
         self.tokens = itertools.count(1)
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.output = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the server
+        self.last_words = ""
         environment = worker_environment()
         environment["OPENBLAS_NUM_THREADS"] = "1"  # its threads would forbid to fork
         # The path goes through the standard input: the package must be found before it is imported.
@@ -110,7 +111,7 @@ class _Server:
         socket.send_fds(self.control, [pickle.dumps(command)], list(descriptors))
 
     def tail(self) -> str:
-        return _tail(self.output.fileno())
+        return self.last_words or _tail(self.output.fileno())
 
     def close(self) -> None:
         self.control.close()
@@ -119,6 +120,7 @@ class _Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.last_words = self.tail() or "the server of this process's workers was shut down"
         self.output.close()
 
 
@@ -257,7 +259,7 @@ class Worker:
         self.close()
 
     def fileno(self) -> int:
-        """The descriptor that becomes readable at an answer, or at the end of the worker."""
+        """The descriptor that is readable when there is an answer, or the worker has ended."""
         return self._channel.fileno()
 
     @property
@@ -283,7 +285,7 @@ class Worker:
 
         Raises:
             WorkerTimeoutError: the worker was killed at the deadline.
-            WorkerDiedError: the worker ended.
+            WorkerDiedError: the worker ended, or its object could not be made.
             RemoteError: the method raised.
             ArgumentValueError: an argument needs something of ``__main__``.
         """
@@ -322,7 +324,11 @@ class Worker:
         except BaseException:  # Ctrl-C: the answer to come would be taken for that of a later call
             self.kill()
             raise
-        self.busy = self._starting = False
+        starting, self.busy, self._starting = self._starting, False, False
+        if isinstance(reply, Raised) and starting:
+            self.kill()
+            message = f"the process cannot start: {reply.kind}: {reply.text}"
+            raise WorkerDiedError(message, reply.trace)
         if isinstance(reply, Raised):
             raise RemoteError(reply.kind, reply.text, reply.trace)
         assert isinstance(reply, Value)
@@ -330,6 +336,7 @@ class Worker:
 
     def kill(self) -> None:
         """Kill the worker and its process group, and wait until it is gone."""
+        self.busy = False  # a later call finds it dead
         if self._exit is not None or self._owner != os.getpid():
             return
         with contextlib.suppress(OSError):  # the server is gone, and all workers with it

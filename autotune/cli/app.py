@@ -24,6 +24,7 @@ from . import (
     merge,
     plot,
     quickstart,
+    selfcheck,
     show,
     tune,
     verify,
@@ -93,3 +94,4 @@ app.command("merge")(merge.merge)
 app.command("clean")(clean.clean)
 app.command("plot")(plot.plot)
 app.command("quickstart")(quickstart.quickstart)
+app.command("selfcheck")(selfcheck.selfcheck)

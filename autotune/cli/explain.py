@@ -14,7 +14,7 @@ from tritonconv.runtime.tables import TUNED_TIERS, default_choice, environment, 
 
 from ..bundle import describe_environment
 from ..roofline import floor_us
-from ..space import describe, space
+from ..space import candidate_key, describe, space
 from ..suites import parse_shape
 from .common import (
     CacheDirOption,
@@ -76,6 +76,8 @@ def explain(
         }
         head.add_row("served by", f"{located.source}: {located.path}")
         head.add_row("its time", number(timing.p50 if timing else None, 2, " µs"))
+    predicted = candidates.predicted.get(candidate_key(choice.algorithm, choice.config.as_dict()))
+    head.add_row("model expects", number(predicted, 2, " µs"))
     head.add_row("floor", number(floor_us(problem, facts), 2, " µs"))
 
     shown = table("table", "the nearest entry differs in", "wanted", "found")
@@ -88,9 +90,16 @@ def explain(
             shown.add_row(miss.source, "nothing: it is exact", "", "")
     for name in _empty(tables, nearest):
         shown.add_row(name, f"there is no entry of {op.name}", "", "")
-    left_out = table("left out", "because")
+    left_out = table("left out", "configs>", "because")
     for name, reason in candidates.unsupported.items():
-        left_out.add_row(name, reason)
+        left_out.add_row(name, "all", reason)
+    reasons = {(row.candidate.algorithm, row.constraint): row.reason for row in candidates.dropped}
+    dropped = [
+        {"algorithm": name, "constraint": broken, "configs": count, "reason": reasons[name, broken]}
+        for (name, broken), count in candidates.reasons().items()
+    ]
+    for (name, broken), count in candidates.reasons().items():
+        left_out.add_row(name, str(count), f"{broken}: {reasons[name, broken]}")
     payload = {
         **problem_json(op.name, problem),
         "device": facts.as_dict(),
@@ -106,12 +115,14 @@ def explain(
         "is_default": is_default,
         "served_by": served,
         "floor_us": floor_us(problem, facts),
+        "predicted_us": predicted,
         "nearest": [_near_json(miss) for miss in nearest],
         "without_entries": _empty(tables, nearest),
         "space": len(candidates.candidates),
         "unsupported": dict(candidates.unsupported),
+        "dropped": dropped,
     }
-    out.result(payload, head, shown, *([left_out] if candidates.unsupported else []))
+    out.result(payload, head, shown, *([left_out] if left_out.row_count else []))
 
 
 def _empty(tables: Any, nearest: tuple[NearMiss, ...]) -> list[str]:

@@ -17,7 +17,7 @@ from tritonconv.runtime.operators import Field, Problem, get_operator, operator_
 from tritonconv.runtime.tables import Entry, Trial
 
 from .. import analysis, landscape, plots
-from ..replayed import search_runs
+from ..replay import compare_strategies
 from ..store import Store
 from .common import (
     CacheDirOption,
@@ -100,6 +100,9 @@ def plot(
     contender: Annotated[
         str, typer.Option("--contender", help="speedup by fields: over default, or an algorithm.")
     ] = landscape.DEFAULT,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="best-so-far: processes that compile.")
+    ] = 1,
     path: Annotated[
         Path | None, typer.Option("--out", help="File to write. Default: KIND.FORMAT.")
     ] = None,
@@ -139,8 +142,8 @@ def plot(
         tuple(layout or ()),
         device,
     )
-    folders = [None if folder is None else folder / "tuned" for folder in tables or [None]]
-    runs = [chosen.of(Store(folder), out) for folder in folders]
+    stores = [Store(folder / "tuned") for folder in tables or ()] or [Store()]
+    runs = [chosen.of(store, out) for store in stores]
     if kind is Kind.AGREEMENT:
         if len(runs) < 2:
             raise bad_value("--tables", "two or more directories for agreement", len(tables or ()))
@@ -148,7 +151,7 @@ def plot(
     elif len(runs) > 1:
         raise bad_value("--tables", f"one directory for {kind}", len(runs))
     else:
-        made = _plot_of(kind, runs[0], rows, columns, contender, out)
+        made = _plot_of(kind, runs[0], rows, columns, contender, jobs, out)
     caption = caption_of([entry for run in runs for entry in run])
     payload = {"kind": str(kind), "caption": caption, **made.numbers}
     if written is not None:
@@ -275,10 +278,11 @@ def _plot_of(
     rows: str | None,
     columns: str | None,
     contender: str,
+    jobs: int,
     out: Output,
 ) -> _Plot:
     if kind is Kind.BEST_SO_FAR:
-        return _best_so_far(entries)
+        return _best_so_far(entries, jobs)
     if kind in (Kind.SORTED, Kind.MARGINALS):
         most = sorted(entries, key=lambda e: -sum(t.timing is not None for t in e.trials))
         return _sorted(most, out) if kind is Kind.SORTED else _marginals(most[0], out, len(most))
@@ -298,8 +302,8 @@ def _drawer(name: str, *numbers: Any) -> Any:
     return lambda caption: getattr(plots, f"draw_{name}")(*numbers, caption)
 
 
-def _best_so_far(entries: Sequence[Entry]) -> _Plot:
-    curves = analysis.best_so_far(search_runs(entries))
+def _best_so_far(entries: Sequence[Entry], jobs: int) -> _Plot:
+    curves = analysis.best_so_far(compare_strategies(entries, seeds=range(3), jobs=jobs))
     numbers = {
         "curves": [_json(curve) for curve in curves],
         "seconds_to_5_percent": {curve.strategy: curve.reaches(1.05) for curve in curves},

@@ -21,8 +21,8 @@ from ..distributed import tune_sharded, under_torchrun
 from ..gpus import parse_gpus, tune_on_gpus
 from ..harvest import harvest_named
 from ..isolated import RUN_SECONDS
-from ..laboratory import Setup, laboratory
-from ..measure import NoDeviceError, Policy
+from ..laboratory import Setup, laboratory, require_gpu
+from ..measure import Policy
 from ..report import Progress, TuningInterrupted, TuningStoppedError
 from ..search import Effort, StrategyName
 from ..suites import parse_shape
@@ -140,8 +140,8 @@ def tune(
     named = [name for name, given in _sources(shapes, model, missed) if given]
     if len(named) != 1:
         raise bad_value("tune", "one of --shapes, --model, --missed", ", ".join(named) or "none")
-    if not dry_run and not torch.cuda.is_available():
-        raise NoDeviceError("measuring needs a CUDA GPU, and PyTorch sees none")
+    if not dry_run:
+        require_gpu()
     if shapes is not None:
         pairs = pairs_of(operators, shapes, dtypes=dtype, layouts=layout)
     elif model is not None:

@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tritonconv.autotune.cli import app
+from tritonconv.autotune.laboratory import Setup
 from tritonconv.autotune.tune import TuningStoppedError, tune
 from tritonconv.runtime import tables
 from tritonconv.runtime.device import nominal_device
@@ -36,8 +37,10 @@ def as_json(cache: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
 def lab(monkeypatch: pytest.MonkeyPatch) -> PlaybackLab:
     """A laboratory in place of the GPU."""
     lab = PlaybackLab(table_of({("fine", 2): 5.0, ("vector", 256): 8.0, ("aten", 0): 9.0}))
-    for module in ("tune", "bench"):
-        monkeypatch.setattr(f"tritonconv.autotune.cli.{module}.CudaLab", lambda: lab)
+    monkeypatch.setattr("tritonconv.autotune.cli.bench.CudaLab", lambda: lab)
+    monkeypatch.setattr("tritonconv.autotune.cli.tune.require_gpu", lambda: None)
+    monkeypatch.setattr(Setup, "lab", lambda self, device=None: lab)
+    monkeypatch.setattr(Setup, "pool", lambda self, facts, shared_by=1: None)
     # On a CPU the Triton kernel cannot run, so its result cannot be checked either.
     monkeypatch.setattr(Scale, "algorithms", property(lambda self: self._algorithms[1:]))
     return lab

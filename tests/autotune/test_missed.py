@@ -91,6 +91,7 @@ def test_at_exit_the_problems_that_are_still_missed_are_saved(
     tables._report_misses()
     assert missed.load(ENV) == [] and capsys.readouterr().err == ""  # there is no GPU
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    settings.reset("report_misses")  # the command line switches it off
     with settings.override(report_misses=False):
         tables._report_misses()
     assert missed.load(ENV) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
@@ -134,3 +135,9 @@ def test_torchvisions_network_has_exactly_the_shapes_of_the_suite(name: str) -> 
     wanted = shapes_of_suite(name)
     found = shapes_of_model(model, torch.randn(2, 3, 224, 224))
     assert found == wanted - image_gradients(wanted)
+
+
+def test_the_documentation_lists_the_suites() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text()
+    listed = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", text, re.MULTILINE))
+    assert listed == {name: str(len(load_suite(name).problems)) for name in suite_names()}

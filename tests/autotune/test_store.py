@@ -149,7 +149,7 @@ def test_two_writers_lose_nothing_and_readers_see_whole_files(tmp_path: Path) ->
     reads = 0
     while any(thread.is_alive() for thread in finished):
         reads += bool(_whole(tmp_path))
-        time.sleep(0.05)
+        time.sleep(0.3)
     assert [writer.wait() for writer in writers] == [0, 0]
     assert reads
     expected = {

@@ -72,6 +72,17 @@ def test_explain_names_the_tier_and_what_differs(cache: Path, scale: Scale) -> N
 
 
 @no_gpu
+def test_explain_says_what_the_model_drops_and_expects(cache: Path) -> None:
+    shape = "N=8,C=64,M=64,H=56,K=3,P=1"
+    value = as_json(cache, "explain", "conv2d.forward", shape, "--target", "sm_86")
+    assert value["predicted_us"] > 0
+    assert {row["algorithm"] for row in value["dropped"]} >= {"dense"}
+    assert all(row["configs"] > 0 and row["reason"] for row in value["dropped"])
+    text = invoke(cache, "explain", "conv2d.forward", shape, "--target", "sm_86").stdout
+    assert value["dropped"][0]["constraint"] in text and "model expects" in text
+
+
+@no_gpu
 def test_explain_knows_stale_entries(cache: Path, scale: Scale) -> None:
     Store().save(ENV, winner(1, source="source-0"))
     value = as_json(cache, "explain", scale.name, "size=64")

@@ -211,7 +211,8 @@ def test_tuning_on_the_spot_happens_once_and_failing_is_a_warning(
     from tritonconv.autotune import tune as module
 
     lab = PlaybackLab(table_of({("fine", 1): 2.0}))
-    monkeypatch.setattr(module, "CudaLab", lambda device=None: lab)
+    monkeypatch.setattr(module, "_equipment", lambda device: (lab, None))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     from tritonconv.runtime.settings import settings

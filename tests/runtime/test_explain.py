@@ -39,6 +39,7 @@ def test_every_product_of_a_step_is_explained() -> None:
         assert call.choice.tier is Tier.DEFAULT and call.is_default
         assert call.measured_us is None and call.of_floor is None
         assert call.floor_us is None or call.floor_us > 0
+        assert call.predicted_us is not None and call.predicted_us > (call.floor_us or 0)
     text = str(found)
     assert text.count("\n") == 6 and "2x conv2d.forward N2" in text and "the default" in text
     assert ("no GPU" in text) == (not torch.cuda.is_available())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .device import DeviceFacts, device_facts
-from .operators import Problem
+from .operators import Operator, Problem
 from .recording import recording
 from .settings import settings
 from .tables import Choice, Tier, default_choice, from_tuner, tuned_table
@@ -30,6 +30,7 @@ class ExplainedCall:
         measured_us: the kernel's time, where this very problem is tuned.
         default_us: the default's time, likewise.
         floor_us: the least time possible; None on a device whose ceilings are not known.
+        predicted_us: what the hardware model expects of the config; None where it knows nothing.
     """
 
     operator: str
@@ -40,6 +41,7 @@ class ExplainedCall:
     measured_us: float | None
     default_us: float | None
     floor_us: float | None
+    predicted_us: float | None = None
 
     @property
     def of_floor(self) -> float | None:
@@ -54,8 +56,8 @@ class ExplainedCall:
         parts = [f"{self.choice.tier}{source}", "the default" if self.is_default else "tuned"]
         if self.measured_us is not None:
             parts.append(f"{self.measured_us:.1f} µs")
-        elif self.floor_us is not None:
-            parts.append(f"at least {self.floor_us:.1f} µs")
+        elif self.predicted_us is not None:
+            parts.append(f"about {self.predicted_us:.0f} µs expected")
         if self.of_floor is not None:
             parts.append(f"{100 * self.of_floor:.0f} % of the floor")
         times = f"{self.count}x " if self.count > 1 else ""
@@ -122,9 +124,20 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
                 measured,
                 before,
                 floor_us(problem, device),
+                _predicted_us(operator, problem, found.choice, device),
             )
         )
     return Explanation(device, torch.cuda.is_available(), tuple(calls))
+
+
+def _predicted_us(
+    operator: Operator, problem: Problem, choice: Choice, device: DeviceFacts
+) -> float | None:
+    footprint = operator.algorithm(choice.algorithm).footprint(problem, choice.config, device)
+    if footprint is None:
+        return None
+    model = from_tuner("hardware").Model.of(device, problem.fields(), problem.bytes_moved())
+    return float(model.predicted_us(footprint))
 
 
 @contextmanager

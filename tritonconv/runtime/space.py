@@ -282,17 +282,13 @@ class ConfigSpace(Sequence[C_co], Generic[C_co]):
     def neighbours(self, config: Config) -> tuple[C_co, ...]:
         """Configs that differ in one parameter: by one step, or to any other value of a choice.
 
-        Steps skip values that break a constraint. Configs outside the space have no neighbours.
+        Steps skip values that break a constraint. A config with a value that its parameter does
+        not have has no neighbours.
         """
-        held = config.as_dict()
-        try:
-            values = tuple(held[parameter.name] for parameter in self.parameters)
-            positions = [
-                _values_of(parameter, held).index(values[axis])
-                for axis, parameter in enumerate(self.parameters)
-            ]
-        except (KeyError, ValueError):
+        located = self._locate(config)
+        if located is None:
             return ()
+        held, positions = located
         found: list[C_co] = []
         for axis, parameter in enumerate(self.parameters):
             count = len(_values_of(parameter, held))
@@ -310,6 +306,40 @@ class ConfigSpace(Sequence[C_co], Generic[C_co]):
                         found.append(moved)
                         break
         return tuple(found)
+
+    def exchanges(self, config: Config) -> tuple[C_co, ...]:
+        """Configs with one power of two doubled and another halved: about the same resources.
+
+        Such steps follow a valley between two parameters, both of whose own steps lead uphill.
+        """
+        located = self._locate(config)
+        if located is None:
+            return ()
+        _, positions = located
+        axes = [a for a, p in enumerate(self.parameters) if isinstance(p, PowerOfTwo)]
+        found: list[C_co] = []
+        for up in axes:
+            for down in axes:
+                if up == down or positions[down] == 0:
+                    continue
+                there = list(positions)
+                there[up] += 1
+                there[down] -= 1
+                moved = self._at(there)
+                if moved is not None:
+                    found.append(moved)
+        return tuple(found)
+
+    def _locate(self, config: Config) -> tuple[dict[str, int], list[int]] | None:
+        """The config's values and their positions; None where a parameter lacks its value."""
+        held = config.as_dict()
+        try:
+            return held, [
+                _values_of(parameter, held).index(held[parameter.name])
+                for parameter in self.parameters
+            ]
+        except (KeyError, ValueError):
+            return None
 
     def _at(self, positions: Sequence[int]) -> C_co | None:
         """The config at positions in the parameters' values; None when there is none."""

@@ -40,6 +40,9 @@ class _Product:
         unrolled: the trip count is a constant, so that a single trip is no loop.
         row_result: the result is contiguous along columns.
         split: the reduction is split over blocks.
+        matrix: products run on matrix instructions, unlike IEEE single precision.
+        itemsize: bytes of an operand's element.
+        out_elements: of the result.
     """
 
     grid_rows: int
@@ -53,6 +56,7 @@ class _Product:
     unrolled: bool
     row_result: bool
     split: bool
+    matrix: bool
     itemsize: int
     out_elements: int
 
@@ -95,7 +99,7 @@ def _footprint(product: _Product, config: TileConfig, device: DeviceFacts) -> Fo
     all_steps = tiles // product.grids * splits * blocks_k * product.taps
     partial = splits > 1
     amd = device.arch.startswith("gfx")
-    grouped = device.arch == "sm_90" and m >= 64 and config.num_warps >= 4
+    grouped = device.arch == "sm_90" and product.matrix and m >= 64 and config.num_warps >= 4
     looped = not (product.unrolled and steps <= 1)
     buffers = 1
     if looped and config.num_stages > 1:
@@ -125,7 +129,12 @@ def _footprint(product: _Product, config: TileConfig, device: DeviceFacts) -> Fo
         steps=steps,
         in_flight=max(1, config.num_stages - 1) if a_streams and product.b_streams else 1,
         launches=2 if partial else 1,
+        matrix=product.matrix,
     )
+
+
+def _scalar(problem: ConvProblem) -> bool:
+    return problem.dtype.itemsize == 4 and problem.precision == "ieee"
 
 
 def _aligned(strides: Sequence[int], unit: int, size: int) -> bool:
@@ -175,6 +184,7 @@ def _product(problem: ConvProblem) -> _Product:
             unrolled=False,
             row_result=problem.w_strides[1] == 1,
             split=True,
+            matrix=not _scalar(problem),
             itemsize=size,
             out_elements=math.prod(problem.w_shape),
         )
@@ -191,6 +201,7 @@ def _product(problem: ConvProblem) -> _Product:
             unrolled=True,
             row_result=problem.y_strides[1] == 1,
             split=False,
+            matrix=not _scalar(problem),
             itemsize=size,
             out_elements=math.prod(problem.y_shape),
         )
@@ -213,6 +224,7 @@ def _product(problem: ConvProblem) -> _Product:
         unrolled=phases == 1,
         row_result=problem.x_strides[1] == 1,
         split=False,
+        matrix=not _scalar(problem),
         itemsize=size,
         out_elements=math.prod(problem.x_shape),
     )
@@ -239,6 +251,7 @@ def _pointwise(problem: ConvProblem) -> _Product:
         unrolled=True,
         row_result=(problem.y_strides if forward else problem.x_strides)[1] == 1,
         split=False,
+        matrix=not _scalar(problem),
         itemsize=size,
         out_elements=rows * columns,
     )
@@ -271,6 +284,7 @@ def _window(problem: ConvProblem) -> _Product:
         unrolled=True,
         row_result=problem.y_strides[1] == 1,
         split=False,
+        matrix=not _scalar(problem),
         itemsize=size,
         out_elements=math.prod(problem.y_shape),
     )
@@ -295,6 +309,7 @@ def _patch_dgrad(problem: ConvProblem) -> _Product:
         unrolled=True,
         row_result=problem.x_strides[1] == 1,
         split=False,
+        matrix=not _scalar(problem),
         itemsize=size,
         out_elements=math.prod(problem.x_shape),
     )

@@ -1,0 +1,140 @@
+"""The config spaces of the convolution algorithms, and what their configs ask of a device."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tritonconv.conv.algorithms.common import TileConfig
+from tritonconv.conv.algorithms.depthwise import DepthwiseConfig
+from tritonconv.conv.dispatch import OPERATORS
+from tritonconv.conv.problem import Direction
+from tritonconv.runtime.device import nominal_device
+
+H100 = nominal_device("sm_90")
+
+problems = st.fixed_dictionaries(
+    {
+        "batch": st.sampled_from((1, 3, 8, 64)),
+        "in_channels": st.sampled_from((1, 3, 6, 16, 72, 512)),
+        "out_channels": st.sampled_from((1, 6, 64, 72, 2048)),
+        "height": st.integers(7, 60),
+        "kernel": st.integers(1, 3),
+        "stride": st.integers(1, 3),
+        "padding": st.integers(0, 1),
+        "dtype": st.sampled_from(("bfloat16", "float32")),
+        "precision": st.sampled_from(("ieee", "tf32")),
+        "layout": st.sampled_from(("channels_last", "contiguous")),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems, st.sampled_from(Direction), st.sampled_from(("sm_90", "sm_86")), st.booleans())
+def test_spaces_of_arbitrary_problems(
+    fields: dict[str, Any], direction: Direction, target: str, grouped: bool
+) -> None:
+    """All configs are valid, the default too; footprints agree with the plan's grid."""
+    if grouped and fields["in_channels"] in (6, 72) and fields["out_channels"] % 6 == 0:
+        fields = {**fields, "groups": 6}
+    device = nominal_device(target)
+    operator = OPERATORS[direction, 2]
+    problem = operator.parse(fields)
+    for algorithm in operator.candidates(problem):
+        space = algorithm.space(problem, device)
+        configs = list(space)
+        assert configs[0] == space.default
+        assert all(space.explain(config) == () for config in configs)
+        assert 1 <= len(configs) <= 900
+        for config in configs[:: max(1, len(configs) // 7)]:
+            assert all(other in space for other in space.neighbours(config))
+            footprint = algorithm.footprint(problem, config, device)
+            plan = algorithm.plan(problem, config)
+            if plan is None or footprint is None:
+                assert plan is None and footprint is None
+                continue
+            x, y, z = plan.calls[0].grid
+            assert footprint.programs == x * y * z
+            assert footprint.launches == len(plan.calls)
+            assert footprint.threads == 32 * plan.calls[0].num_warps
+            # Tiles pad their edges; strided gradients meet fewer taps than are counted.
+            assert footprint.flops >= problem.flops() or direction is Direction.DGRAD
+            assert footprint.bytes_loaded > 0 and footprint.steps >= 1
+
+
+LAYER = {"N": 64, "C": 512, "M": 512, "H": 7, "K": 3, "P": 1}
+STEM = {"N": 32, "C": 3, "M": 64, "H": 224, "K": 7, "S": 2, "P": 3}
+POINTS = {"N": 1, "C": 64, "M": 256, "H": 56, "K": 1}
+PATCHES = {"N": 32, "C": 96, "M": 192, "H": 56, "K": 2, "S": 2}
+GROUPS = {"N": 32, "C": 128, "M": 128, "H": 28, "K": 3, "P": 1, "G": 32}
+# What untuned calls ran before spaces were typed: choices that were measured (docs/benchmarks).
+DEFAULTS: list[tuple[str, dict[str, int], str, TileConfig]] = [
+    ("forward", LAYER, "dense", TileConfig(64, 128, 64, 4, 3)),
+    ("dgrad", LAYER, "dense", TileConfig(64, 128, 64, 4, 3)),
+    ("wgrad", LAYER, "dense", TileConfig(128, 128, 64, 4, 3, split_k=3)),
+    ("forward", STEM, "few_channel", TileConfig(128, 64, 32, 4, 3)),
+    ("wgrad", STEM, "few_channel", TileConfig(64, 64, 64, 4, 3, split_k=352)),
+    ("forward", POINTS, "pointwise", TileConfig(32, 128, 64, 4, 3)),
+    ("dgrad", POINTS, "pointwise", TileConfig(32, 64, 64, 4, 3)),
+    ("wgrad", POINTS, "pointwise", TileConfig(128, 64, 64, 4, 3, split_k=12)),
+    ("forward", PATCHES, "patchify", TileConfig(128, 128, 64, 4, 3)),
+    ("dgrad", PATCHES, "patchify", TileConfig(128, 64, 32, 4, 3)),
+    ("wgrad", PATCHES, "patchify", TileConfig(128, 32, 64, 4, 3, split_k=11)),
+    ("forward", GROUPS, "grouped", TileConfig(128, 16, 16, 4, 3)),
+    ("wgrad", GROUPS, "grouped", TileConfig(16, 64, 64, 4, 3, split_k=33)),
+]
+
+
+@pytest.mark.parametrize(("direction", "fields", "name", "config"), DEFAULTS)
+def test_defaults_are_those_that_were_measured(
+    direction: str, fields: dict[str, int], name: str, config: TileConfig
+) -> None:
+    operator = OPERATORS[Direction(direction), 2]
+    problem = operator.parse({**fields, "dtype": "bfloat16"})
+    assert operator.algorithm(name).configs(problem, H100)[0] == config
+
+
+def test_a_split_is_tried_at_half_and_twice_its_estimate() -> None:
+    operator = OPERATORS[Direction.WGRAD, 2]
+    problem = operator.parse(
+        {"N": 64, "C": 64, "M": 64, "H": 56, "K": 3, "P": 1, "dtype": "bfloat16"}
+    )
+    space = operator.algorithm("dense").space(problem, H100)
+    default = space.default.split_k
+    splits = {
+        c.split_k for c in space.neighbours(space.default) if c.block_m == space.default.block_m
+    }
+    assert {default // 2, 2 * default} <= splits
+
+
+def test_listing_a_space_is_quick() -> None:
+    operator = OPERATORS[Direction.WGRAD, 2]
+    problem = operator.parse({"N": 64, "C": 256, "M": 256, "H": 14, "K": 3, "P": 1})
+    dense = operator.algorithm("dense")
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        count = len(dense.configs(problem, H100))
+        seconds.append(time.perf_counter() - begin)
+    assert count > 100
+    assert min(seconds) < 0.1  # about 5 ms; a slow machine may take longer
+    begin = time.perf_counter()
+    assert isinstance(dense.configs(problem, H100)[0], TileConfig)
+    assert time.perf_counter() - begin < 0.02
+
+
+def test_depthwise_tiles_follow_the_layout() -> None:
+    operator = OPERATORS[Direction.FORWARD, 2]
+    fields = {"N": 8, "C": 96, "M": 96, "H": 56, "K": 7, "P": 3, "G": 96}
+    for layout, default in (
+        ("channels_last", DepthwiseConfig(64, 64, 4)),
+        ("contiguous", DepthwiseConfig(256, 1, 4)),
+    ):
+        space = operator.algorithm("depthwise").space(
+            operator.parse({**fields, "layout": layout}), H100
+        )
+        assert space.default == default
