@@ -392,7 +392,7 @@ class Autotuner(TritonAutotuner):  # type: ignore[misc]  # Triton is untyped
         the compiled kernel on: alignment of pointers, integers that are 1 or multiples of 16 (the
         strides among them).
         """
-        from .foreign import text_of
+        from .kernel_config import text_of
 
         values: dict[str, Field] = {}
         dtypes: list[str] = []

@@ -167,7 +167,7 @@ class Tuning:
         """Measure the candidates; a warning says when some are wrong or none passed."""
         if device is not None:
             torch.cuda.synchronize(device)  # what the tensors hold is still being computed
-        isolated = _lab is None and self._can_leave(problem)
+        isolated = (_lab is None or _lab_is_isolated) and self._can_leave(problem)
         operator = self.operator(isolated)
         report = None
         with tempfile.TemporaryDirectory(prefix="tritonconv-") as scratch:
@@ -307,17 +307,24 @@ def _warn_once(name: str, message: str) -> None:
 
 
 _lab: Lab | None = None
+_lab_is_isolated = False
 
 
 @contextmanager
-def using_lab(lab: Lab) -> Iterator[None]:
-    """Tune decorated kernels in ``lab`` inside a ``with`` block, also where there is no GPU."""
-    global _lab
-    before, _lab = _lab, lab
+def using_lab(lab: Lab, *, isolated: bool = False) -> Iterator[None]:
+    """Tune decorated kernels in ``lab`` inside a ``with`` block, also where there is no GPU.
+
+    Args:
+        lab: where candidates run.
+        isolated: it runs them in another process, where the kernel has to be found.
+    """
+    global _lab, _lab_is_isolated
+    before = _lab, _lab_is_isolated
+    _lab, _lab_is_isolated = lab, isolated
     try:
         yield
     finally:
-        _lab = before
+        _lab, _lab_is_isolated = before
 
 
 class _TypesOnly:
@@ -354,7 +361,7 @@ def _laboratory(
 ) -> Iterator[tuple[Lab, Compiler | None]]:
     """Where to measure; the processes stay for a while, as more keys may follow."""
     global _ending
-    if _lab is not None or not isolated:
+    if _lab is not None or not isolated:  # a lab that was given stays its giver's
         yield _lab if _lab is not None else CudaLab(device), None
         return
     assert device is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -17,15 +18,17 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tritonconv.autotune.decorator import Autotuner
-from tritonconv.autotune.foreign import KernelProblem, is_lasting, text_of
-from tritonconv.autotune.foreign_tuning import Tuning
+from tritonconv.autotune.foreign import KernelProblem
+from tritonconv.autotune.foreign_tuning import Tuning, using_lab
 from tritonconv.autotune.kernel_call import capture
+from tritonconv.autotune.kernel_config import is_lasting, text_of
 from tritonconv.autotune.kernel_source import (
     KernelNotFoundError,
     load,
     place_of,
     source_hash,
 )
+from tritonconv.runtime.settings import settings
 
 HERE = Path(__file__).parent
 
@@ -131,6 +134,27 @@ class TestTravel:
         expected = {"sloppy": "ok wrong wrong ok"}.get(name)
         assert run_python(CHILD, sent) == (expected or " ".join(["ok"] * len(tuner.configs)))
         assert torch.equal(y, torch.zeros(100))
+
+    def test_measuring_process(self, tmp_path: Path) -> None:
+        """The real one, with a laboratory that interprets: a candidate that dies costs itself."""
+        isolated = pytest.importorskip("tritonconv.autotune.isolated")
+        x, y = torch.randn(100), torch.zeros(100)
+        kernels.sloppy.forget()
+        lab = isolated.WorkerLab(lab="interpreting_lab:InterpretingLab")
+        with (
+            lab,
+            using_lab(lab, isolated=True),
+            pytest.warns(UserWarning, match="1 of 4 configs"),
+        ):
+            kernels.sloppy[(2,)](x, y, 100)
+        assert torch.equal(y, 2 * x)
+        assert kernels.sloppy.best_config.kwargs == {"BLOCK": 128, "OVERRUN": 0, "SCALE": 2}
+        (entry,) = (
+            json.loads(file.read_text())
+            for file in (Path(settings.cache_dir) / "tuned").rglob("kernel.*/*.json")
+        )
+        assert [trial["status"] for trial in entry["trials"]] == ["ok", "numeric", "crash", "ok"]
+        kernels.sloppy.forget()
 
     def test_a_package_with_relative_imports(self, tmp_path: Path) -> None:
         package = tmp_path / "mine"
