@@ -233,12 +233,11 @@ def regret(
     say(f"tuning the base of {len(base)} problems")
     tune_pairs(base, options=options, lab=lab, store=base_store, compiler=compiler)
     known = [stored.entry for stored in base_store.entries(tables.environment(lab.facts))]
+    say(f"tuning the {len(others)} others, in a table of their own")
+    reports = tune_pairs(others, options=options, lab=lab, store=own_store, compiler=compiler)
     rows = []
-    for index, (operator, problem) in enumerate(others):
+    for index, ((operator, problem), report) in enumerate(zip(others, reports, strict=True)):
         tier, looked_up = _look_up(known, operator, problem, lab.facts)
-        (report,) = tune_pairs(
-            [(operator, problem)], options=options, lab=lab, store=own_store, compiler=compiler
-        )
         if report.entry is None:
             say(f"{problem}: nothing passed")
             continue

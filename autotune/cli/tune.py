@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from tritonconv.runtime import missed as missed_problems
 from tritonconv.runtime.device import DeviceFacts, device_facts
 from tritonconv.runtime.environment import environment
 from tritonconv.runtime.errors import bad_value
-from tritonconv.runtime.operators import Operator, Problem
+from tritonconv.runtime.operators import Operator, Problem, get_operator
 
 from ..compiling import COMPILE_SECONDS
 from ..distributed import tune_sharded, under_torchrun
@@ -164,7 +165,12 @@ def tune(
             reports = _run(pairs, seconds, options, setting, devices, progress, out)
     except (TuningInterrupted, TuningStoppedError) as error:
         reports, stopped = error.reports, error
-    show_reports(out, reports, stopped, len(pairs), time.monotonic() - began)
+    if os.environ.get("RANK", "0") == "0":  # one rank speaks for all, or JSON would be interleaved
+        show_reports(out, reports, stopped, len(pairs), time.monotonic() - began)
+    if missed:
+        done = [r for r in reports if r.result in (Result.TUNED, Result.KEPT)]
+        served = [(get_operator(report.operator), report.problem) for report in done]
+        missed_problems.clear(environment(device_facts()), served)
     if isinstance(stopped, TuningInterrupted):
         raise typer.Exit(ExitCode.INTERRUPTED)
     if stopped is not None:
@@ -174,8 +180,6 @@ def tune(
         raise typer.Exit(ExitCode.NOTHING_PASSED)
     if strict and any(not report.complete for report in reports):
         raise typer.Exit(ExitCode.PARTIAL)
-    if missed:
-        missed_problems.clear(environment(device_facts()))
 
 
 def _sources(shapes: str | None, model: str | None, missed: bool) -> tuple[tuple[str, bool], ...]:
