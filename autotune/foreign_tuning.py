@@ -37,8 +37,8 @@ from .forkserver import dumps
 from .kernel_call import capture
 from .kernel_source import KernelNotFoundError, chain, place_of
 from .laboratory import Setup, close_lab
-from .measure import CudaLab, Lab
-from .report import Options, Report, Result
+from .measure import CudaLab, DeviceLostError, Lab
+from .report import Options, Report, Result, TuningStoppedError
 from .search import Effort, Failure, Status, StrategyName
 from .session import Compiler
 from .space import Candidate, space
@@ -110,7 +110,15 @@ class Tuning:
             return Found(default, keep)
 
         begin = time.monotonic()
-        report = self._tune(problem, device, persistent)
+        isolated = (_lab is None or _lab_is_isolated) and self._can_leave(problem)
+        try:
+            report = self._tune(problem, device, persistent, isolated)
+        except (DeviceLostError, TuningStoppedError) as error:
+            if not isolated:
+                raise
+            # What is lost is the measuring process; this one and its GPU are well.
+            _warn(f"tuning {problem} failed, its first config is used: {error}")
+            return Found(default, keep=True)
         self.tuner.bench_time = time.monotonic() - begin
         if report.entry is None:
             return Found(default, keep=True)
@@ -162,12 +170,15 @@ class Tuning:
         return None
 
     def _tune(
-        self, problem: KernelProblem, device: torch.device | None, persistent: bool
+        self,
+        problem: KernelProblem,
+        device: torch.device | None,
+        persistent: bool,
+        isolated: bool,
     ) -> Report:
         """Measure the candidates; a warning says when some are wrong or none passed."""
         if device is not None:
             torch.cuda.synchronize(device)  # what the tensors hold is still being computed
-        isolated = (_lab is None or _lab_is_isolated) and self._can_leave(problem)
         operator = self.operator(isolated)
         report = None
         with tempfile.TemporaryDirectory(prefix="tritonconv-") as scratch:

@@ -21,6 +21,8 @@ from autotune_fakes import PlaybackLab
 from tritonconv.autotune import autotune, foreign_tuning
 from tritonconv.autotune.decorator import Autotuner
 from tritonconv.autotune.foreign_tuning import using_lab
+from tritonconv.autotune.measure import DeviceLostError
+from tritonconv.autotune.report import TuningStoppedError
 from tritonconv.autotune.search import Failure, Status
 from tritonconv.autotune.space import Candidate
 from tritonconv.runtime.settings import settings
@@ -267,6 +269,17 @@ class TestTuning:
             assert torch.equal(double(x), 2 * x)
             double(x)
         assert kernels.double.best_config.kwargs == {"BLOCK": 32}
+
+    def test_a_measuring_process_that_is_lost(self, x: torch.Tensor) -> None:
+        class Lost(PlaybackLab):
+            def timer(self, operator: Any, problem: Any, policy: Any, seed: int) -> Any:
+                raise DeviceLostError("no memory for another context")
+
+        with using_lab(Lost(), isolated=True), pytest.warns(UserWarning, match="no memory"):  # type: ignore[arg-type]
+            assert torch.equal(double(x), 2 * x)
+        kernels.double.forget()
+        with using_lab(Lost()), pytest.raises(TuningStoppedError, match="no memory"):  # type: ignore[arg-type]
+            double(x)
 
     def test_the_caller_tensors_are_not_touched(self, x: torch.Tensor, lab: PlaybackLab) -> None:
         before = x.clone()
