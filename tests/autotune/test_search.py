@@ -141,7 +141,7 @@ def test_descent_comes_near_the_best_in_a_tenth_of_the_space(best: Any, footprin
     optimum = fastest(run(StrategyName.EXHAUSTIVE, found, outcome))
     regrets = []
     for seed in range(5):
-        result = run(StrategyName.DESCENT, found, outcome, seed=seed)
+        result = run(StrategyName.DESCENT, found, outcome, Effort.FULL, seed=seed, max_configs=64)
         assert len(result.outcomes) <= 64
         regrets.append(fastest(result) / optimum)
     assert max(regrets) <= (1.08 if footprints else 1.12) and sorted(regrets)[2] <= 1.05
