@@ -15,7 +15,7 @@ from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.tables import Timing
 
 from .forkserver import note, resolve
-from .measure import CandidateError, DeviceLostError, Lab, Policy, Timer, summarize
+from .measure import CandidateError, DeviceLostError, Lab, Policy, Timer, look, summarize
 from .search import Failure
 from .space import Candidate
 
@@ -97,7 +97,7 @@ class LabHost:
     ) -> tuple[Timing, str] | Failure | Lost:
         """Prepare a candidate, time it briefly and forget it; its timing and its note."""
         timed = self._free(number, freed)
-        handle = self._prepared(timed, candidate)
+        handle = self._prepared(timed, candidate, once=True)
         if isinstance(handle, (Failure, Lost)):
             return handle
         samples = self._sampled(timed, handle, seconds)
@@ -152,7 +152,7 @@ class LabHost:
             timed.handles.pop(handle, None)
         return timed
 
-    def _prepared(self, timed: _Timed, candidate: Candidate) -> Any:
+    def _prepared(self, timed: _Timed, candidate: Candidate, once: bool = False) -> Any:
         try:
             if self._compile is not None:
                 # Apart from running it, so that either has its own deadline. The launch then finds
@@ -160,7 +160,7 @@ class LabHost:
                 note(COMPILING)
                 self._compile(timed.operator, timed.problem, candidate)
                 note(RUNNING)
-            return timed.timer.prepare(candidate)
+            return (look(timed.timer) if once else timed.timer.prepare)(candidate)
         except CandidateError as error:
             return error.failure
         except DeviceLostError as error:

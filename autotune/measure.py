@@ -170,8 +170,13 @@ def time_once(timer: Timer, candidate: Candidate) -> tuple[Timing, str]:
     at_once: Callable[[Candidate], tuple[Timing, str]] | None = getattr(timer, "first_round", None)
     if at_once is not None:
         return at_once(candidate)
-    handle = timer.prepare(candidate)
+    handle = look(timer)(candidate)
     return first_round(timer, handle), timer.note(handle)
+
+
+def look(timer: Timer) -> Callable[[Candidate], Any]:
+    """How a timer prepares a candidate that is timed only once, if it has a cheaper way."""
+    return getattr(timer, "glance", timer.prepare)
 
 
 def time_in_turns(timer: Timer, handles: Sequence[Any]) -> list[Timing | Failure]:
@@ -285,6 +290,13 @@ class CudaTimer:
 
     def prepare(self, candidate: Candidate) -> _Prepared:
         """Compile, run and, unless the policy is eager, capture a candidate."""
+        return self._prepare(candidate, math.inf)
+
+    def glance(self, candidate: Candidate) -> _Prepared:
+        """:meth:`prepare` for a first look: what is far from the fastest gets no graph."""
+        return self._prepare(candidate, _HOPELESS * self.fastest)
+
+    def _prepare(self, candidate: Candidate, limit: float) -> _Prepared:
         with torch.cuda.device(self.device), _plain_mode():
             try:
                 run = runner(self.operator, self.problem, candidate, self.slots)
@@ -297,7 +309,7 @@ class CudaTimer:
             if self.policy is Policy.EAGER:
                 return by_events
             self.fastest = min(self.fastest, estimate)
-            if estimate > _HOPELESS * self.fastest:
+            if estimate > limit:
                 return replace(by_events, note="timed by events, as it is far from the fastest")
             clones = calls = len(sets)
             if not self.clear_before_replay:

@@ -27,7 +27,12 @@ from tritonconv.autotune.search import Failure, Status
 from tritonconv.autotune.space import Candidate
 from tritonconv.runtime.settings import settings
 
-pytestmark = pytest.mark.interpreter
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="in the interpreter; test_decorator_gpu.py is the GPU's"
+    ),
+]
 
 SIZE = 100
 
