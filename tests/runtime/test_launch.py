@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 
 from tritonconv.runtime.launch import Executable
 from tritonconv.runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
@@ -79,3 +82,35 @@ def test_an_empty_grid_launches_nothing(device: torch.device) -> None:
 
 def test_slots_of_a_call_in_order() -> None:
     assert call("x", "y", 5).slots() == ("x", "a", "b", "y")
+
+
+class _TooLarge:
+    """A kernel for which the device has too little shared memory."""
+
+    arg_names = _scale_kernel.arg_names
+
+    def __getitem__(self, grid: object) -> object:
+        def launch(*args: object, **options: object) -> None:
+            raise OutOfResources(262144, 232448, "shared memory")
+
+        return launch
+
+
+@pytest.mark.interpreter
+def test_a_config_that_does_not_fit_gives_way_to_another_plan(device: torch.device) -> None:
+    too_large = LaunchPlan(
+        (replace(call("x", "t", 20), kernel=_TooLarge()),),
+        DTYPES,
+        (Workspace("t", (20,), torch.float32),),
+    )
+    x, a, b = (torch.randn(20, device=device) for _ in range(3))
+    with pytest.raises(OutOfResources):
+        Executable(too_large, ("x", "a", "b", "y"))(x, a, b, torch.empty(20, device=device))
+    fits = LaunchPlan((call("x", "y", 20),), DTYPES)
+    run = Executable(too_large, ("x", "a", "b", "y"), lambda: fits)
+    with pytest.warns(UserWarning, match="needs more than this device has"):
+        y = torch.empty(20, device=device)
+        run(x, a, b, y)
+    torch.testing.assert_close(y, x * 2 * a + b[0])
+    run(x, a, b, y.zero_())
+    torch.testing.assert_close(y, x * 2 * a + b[0])

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from ..runtime.device import DeviceFacts, device_facts
+from ..runtime.errors import bad_value
 from ..runtime.launch import Executable
 from ..runtime.operators import Algorithm, Operator, register, source_hash_of
-from ..runtime.tables import Choice, choose
+from ..runtime.plan import LaunchPlan
+from ..runtime.tables import Choice, Tier, choose
 from .algorithms import ALGORITHMS, common, implicit_gemm, tiles, windows
 from .algorithms.aten import Aten
 from .algorithms.common import slot_names
@@ -207,8 +209,22 @@ def make_runner(problem: ConvProblem, choice: Choice) -> Runner:
     algorithm = operator.algorithm(choice.algorithm)
     plan = algorithm.plan(problem, choice.config)
     slots = tuple(common.slot_dtypes(problem))
-    executable = None if plan is None else Executable(plan, slots)
+    executable = None
+    if plan is not None:
+        exact = choice.tier in (Tier.EXACT, Tier.DEFAULT)
+        executable = Executable(plan, slots, None if exact else lambda: _default_plan(problem))
     return Runner(problem, choice, algorithm, executable, slots)
+
+
+def _default_plan(problem: ConvProblem) -> LaunchPlan:
+    """What runs where a config that was tuned elsewhere does not fit: kernels of ours, always."""
+    operator = OPERATORS[problem.direction, len(problem.in_size)]
+    facts = device_facts()
+    for algorithm in (operator.default_algorithm(problem, facts), *operator.candidates(problem)):
+        plan = algorithm.plan(problem, algorithm.configs(problem, facts)[0])
+        if plan is not None:
+            return plan
+    raise bad_value("problem", "one that a kernel serves", str(problem))
 
 
 def forget() -> None:

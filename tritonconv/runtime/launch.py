@@ -7,10 +7,12 @@ launches the compiled kernel directly, with a pointer list patched into a prepar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from .compat import direct_launcher, interpreting
 from .errors import bad_value
@@ -86,7 +88,24 @@ class _BoundCall:
 class Executable:
     """A plan ready to run on one device; call it with the tensors in the order of ``slots``."""
 
-    def __init__(self, plan: LaunchPlan, slots: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        slots: tuple[str, ...],
+        instead: Callable[[], LaunchPlan] | None = None,
+    ) -> None:
+        """Bind a plan.
+
+        Args:
+            plan: what to run.
+            slots: names of the tensors in the order of a call.
+            instead: makes the plan to fall back on where the device has too little for ``plan``: a
+                config that was tuned for another problem, device or compiler may not fit here.
+        """
+        self._instead = instead
+        self._bind(plan, slots)
+
+    def _bind(self, plan: LaunchPlan, slots: tuple[str, ...]) -> None:
         self.plan = plan
         self.slots = slots
         self.workspaces = plan.workspaces
@@ -123,12 +142,24 @@ class Executable:
         self._dispatch(held, device)
 
     def _dispatch(self, held: Sequence[torch.Tensor], device: torch.device) -> None:
-        if device.type != "cuda":
-            for call in self.calls:
-                call.dispatch(held)
+        try:
+            if device.type != "cuda":
+                for call in self.calls:
+                    call.dispatch(held)
+                return
+            with torch.cuda.device(device):
+                compiled = [call.dispatch(held) for call in self.calls]
+        except OutOfResources as error:
+            if self._instead is None:
+                raise
+            make, self._instead = self._instead, None
+            warnings.warn(
+                f"a tuned config needs more than this device has ({error}); the default runs",
+                stacklevel=2,
+            )
+            self._bind(make(), self.slots)
+            self(*held[: len(self.slots)])
             return
-        with torch.cuda.device(device):
-            compiled = [call.dispatch(held) for call in self.calls]
         if self.ready or interpreting() or not settings.fast_launch:
             return
         if any(tensor.data_ptr() & _ALIGNMENT_MASK for tensor in held):
