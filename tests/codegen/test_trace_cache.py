@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import weakref
@@ -9,6 +10,7 @@ import weakref
 import torch
 
 from tritonconv.codegen import Argument, Role, trace
+from tritonconv.codegen.fingerprint import Fingerprint
 
 X = (Argument("x", torch.float32, Role.VALUE),)
 FACTOR = 2.0
@@ -99,3 +101,145 @@ def test_captured_tensors_are_not_kept_alive():
     del tensor
     gc.collect()
     assert reference() is None
+
+
+def layer(cfg, fn):
+    return lambda x: fn(cfg, x)
+
+
+def at_one(fn):
+    return trace(fn, X)(torch.ones(1)).item()
+
+
+def test_an_object_met_before_the_function_that_names_its_attribute():
+    class Box:
+        pass
+
+    box = Box()
+    box.gain = 2.0
+    calls = [
+        layer(box, lambda c, x: x * c.gain),
+        functools.partial(lambda c, fn, x: fn(c, x), box, lambda c, x: x * c.gain),
+    ]
+
+    def with_defaults(x, cfg=box, fn=lambda c, x: x * c.gain):
+        return fn(cfg, x)
+
+    calls.append(with_defaults)
+    for gain in (2.0, 4.0, 2.0):
+        box.gain = gain
+        assert [at_one(fn) for fn in calls] == [gain] * 3
+
+
+def test_names_that_are_found_round_by_round():
+    class Box:
+        pass
+
+    inner, outer = Box(), Box()
+    inner.gain = 2.0
+    outer.inner = inner
+    outer.read = lambda o: o.inner.gain
+    fn = layer(outer, lambda o, x: x * o.read(o))
+    for gain in (2.0, 4.0):
+        inner.gain = gain
+        assert at_one(fn) == gain
+
+
+def test_attributes_of_classes_slots_and_functions_count():
+    class Module(torch.nn.Module):
+        gain = 1.0
+
+        def forward(self, x):
+            return x * self.gain
+
+    class Derived(Module):
+        pass
+
+    class Helped(Module):
+        def forward(self, x):
+            return self.help(x)
+
+        def help(self, x):
+            return x * self.twice / 2
+
+        @property
+        def twice(self):
+            return 2 * self.gain
+
+    @dataclasses.dataclass(slots=True)
+    class Slots:
+        gain: float = 1.0
+
+    class Static:
+        gain = 1.0
+
+        @staticmethod
+        def apply(x):
+            return x * Inherits.gain
+
+    class Inherits(Static):
+        pass
+
+    def own(x):
+        return x * own.gain
+
+    slots = Slots()
+    calls = [
+        Module(),
+        Derived(),
+        Derived().forward,
+        Helped(),
+        lambda x: x * slots.gain,
+        lambda x: x * Inherits.gain,
+        lambda x: Inherits.apply(x),
+        own,
+    ]
+    for gain in (1.0, 5.0, 1.0):
+        Module.gain = slots.gain = Static.gain = own.gain = gain
+        assert [at_one(fn) for fn in calls] == [gain] * len(calls)
+
+
+def test_a_replaced_method_of_a_class_counts():
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return self.act(x)
+
+        act = torch.exp
+
+    module = Module()
+    assert at_one(module) == torch.ones(1).exp().item()
+    Module.act = torch.neg
+    assert at_one(module) == -1
+
+
+def test_an_empty_slot_is_no_error():
+    class Slots:
+        __slots__ = ("gain", "other")
+
+    slots = Slots()
+    slots.gain = 3.0
+    assert at_one(lambda x: x * slots.gain if hasattr(slots, "other") else x + slots.gain) == 4.0
+
+
+def test_shape_and_dtype_of_a_captured_tensor_count():
+    t = torch.arange(4.0)
+    fn = make(1.0, t)
+    assert trace(fn, X).program.captures[0].shape == (4,)
+    t.resize_(2)
+    assert trace(fn, X).program.captures[0].shape == (2,)
+    t.data = torch.arange(4)
+    assert trace(fn, X).program.captures[0].dtype is torch.int64
+
+
+def test_plain_functions_are_walked_once(monkeypatch):
+    walks = []
+    of = Fingerprint.of
+
+    def counted(self, x):
+        walks.append(x)
+        return of(self, x)
+
+    monkeypatch.setattr(Fingerprint, "of", counted)
+    fn = make(2.0, torch.ones(2))
+    Fingerprint().key_of(fn)
+    assert walks.count(fn) == 1

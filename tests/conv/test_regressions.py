@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import subprocess
@@ -121,6 +122,87 @@ def test_a_global_function_without_a_module(device: torch.device) -> None:
         for _ in range(2):
             epilogue = evaluated("lambda y: helper(y)", {"helper": helper})
             torch.testing.assert_close(tc.conv2d(x, w, epilogue=epilogue), factor * y)
+
+
+class Gain:
+    """What an epilogue may read a number from."""
+
+    gain = 1.0
+
+
+class Slots:
+    """The same without a dictionary."""
+
+    __slots__ = ("gain",)
+
+
+class Scaled(torch.nn.Module):
+    gain = 1.0
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y * self.gain
+
+
+def through(config: Any, fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda y: fn(config, y)
+
+
+@BOTH
+@pytest.mark.usefixtures("server")
+def test_attributes_of_objects_classes_and_slots(device: torch.device) -> None:
+    x, w, y = operands(device)
+    box, slots, module = Gain(), Slots(), Scaled()
+
+    def own(y: Any) -> Any:
+        return y * own.gain  # type: ignore[attr-defined]
+
+    epilogues: list[Callable[..., Any]] = [
+        through(box, lambda c, y: y * c.gain),
+        through(slots, lambda c, y: y * c.gain),
+        lambda y, c=box, fn=lambda c, y: y * c.gain: fn(c, y),
+        evaluated("lambda y: y * Gain.gain", {"Gain": Gain}),
+        module,
+        module.forward,
+        own,
+    ]
+    try:
+        for gain in (2.0, 4.0, 2.0):
+            Gain.gain = slots.gain = Scaled.gain = own.gain = gain  # type: ignore[attr-defined]
+            for epilogue in epilogues:
+                for _ in range(2):
+                    torch.testing.assert_close(tc.conv2d(x, w, epilogue=epilogue), gain * y)
+    finally:
+        Gain.gain = Scaled.gain = 1.0
+
+
+@BOTH
+@pytest.mark.usefixtures("server")
+def test_a_captured_tensor_that_changes_shape_and_dtype(device: torch.device) -> None:
+    x, w, y = operands(device)
+    table = torch.arange(4.0, device=device)
+    for data in (torch.arange(4.0), torch.arange(8.0), torch.arange(3, 7)):
+        table.data = data.to(device)
+        for _ in range(2):
+            result = tc.conv2d(x, w, epilogue=lambda y, *, c: y * table[c])
+            torch.testing.assert_close(result, y * table[:4, None, None])
+
+
+@BOTH
+@pytest.mark.usefixtures("server")
+def test_decorated_functions_of_different_signatures(device: torch.device) -> None:
+    x, w, y = operands(device)
+
+    def decorated(fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return fn(*args, **kwargs)
+
+        return inner
+
+    channels = torch.arange(4.0, device=device)[:, None, None]
+    torch.testing.assert_close(tc.conv2d(x, w, epilogue=decorated(lambda y: 2 * y)), 2 * y)
+    result = tc.conv2d(x, w, epilogue=decorated(lambda y, *, c: y * c))
+    torch.testing.assert_close(result, y * channels)
 
 
 def no_plain_bias(kind: str, b: Tensor) -> Tensor:

@@ -45,17 +45,47 @@ def global_names(code: types.CodeType) -> tuple[str, ...]:
     return names
 
 
+_MAX_ROUNDS = 8
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made, not one of C
+
+
+def _of_torch(name: Any) -> bool:
+    return isinstance(name, str) and (name == "torch" or name.startswith("torch."))
+
+
+def _classes(kind: type) -> Iterator[type]:
+    """A class and its bases, as far as users wrote them."""
+    for base in kind.__mro__[:-1]:
+        if base.__flags__ & _HEAP_TYPE and not _of_torch(base.__module__):
+            yield base
+
+
 class Fingerprint:
     """What a trace depends on: values of plain data, identities of everything else.
 
-    Of an object it also sees the attributes whose names occur in the function's code: what
-    ``self.slope`` or ``config.eps`` reads now.
+    Of an object it also sees the attributes, its own and its class's, whose names occur in the
+    code: what ``self.slope`` or ``config.eps`` reads now.
     """
 
     def __init__(self) -> None:
         self.objects: list[Any] = []
         self._open: set[int] = set()
         self._names: set[str] = set()
+        self._names_at_first_look: int | None = None
+
+    def key_of(self, fn: Any) -> Any:
+        """The key of a traced function.
+
+        An object may be met before the function that names its attribute, so the walk is repeated
+        until no name is new. Where no object has attributes, one walk is enough.
+        """
+        for _ in range(_MAX_ROUNDS):
+            self.objects.clear()
+            self._names_at_first_look = None
+            key = self.of(fn)
+            if self._names_at_first_look in (None, len(self._names)):
+                break
+        return key
 
     def of(self, x: Any) -> Any:
         """The part of the key that stands for one value."""
@@ -73,24 +103,49 @@ class Fingerprint:
             keywords = tuple((k, self.of(v)) for k, v in x.keywords.items())
             return ("partial", self.of(x.func), self.of(x.args), keywords)
         self.objects.append(x)
+        if isinstance(x, Tensor):  # both may change in place, by resize_ or .data
+            return (id(x), x.shape, x.dtype)
+        if kind is types.BuiltinFunctionType:
+            return (id(x),)
         return (id(x), *self._attributes(x))
 
     def _attributes(self, x: Any) -> Iterator[Any]:
-        if isinstance(x, Tensor) or id(x) in self._open:
+        if id(x) in self._open:
             return
         if isinstance(x, types.ModuleType) and x.__name__.split(".")[0] in ("torch", "math"):
             return
         plain = unwrap(x)
         if isinstance(plain, types.FunctionType):
             self._names.update(global_names(plain.__code__))
+        self._look()
         spaces = [getattr(x, "__dict__", {})]
         if isinstance(x, torch.nn.Module):
             spaces += [x._parameters, x._buffers, x._modules]
+        spaces += map(vars, _classes(type(x)))
+        if isinstance(x, type):
+            spaces += map(vars, _classes(x))
         self._open.add(id(x))
         for space in spaces:
             for name in sorted(self._names.intersection(space)):
-                yield name, self.of(space[name])
+                yield name, self._member(x, space[name])
         self._open.discard(id(x))
+
+    def _look(self) -> None:
+        if self._names_at_first_look is None:
+            self._names_at_first_look = len(self._names)
+
+    def _member(self, x: Any, value: Any) -> Any:
+        """The part of the key that stands for what a class or an instance keeps under a name."""
+        if isinstance(value, types.MemberDescriptorType):  # a slot
+            try:
+                value = value.__get__(x, type(x))
+            except (AttributeError, TypeError):  # empty, or x is the class that has the slot
+                return "empty slot"
+        elif isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        elif isinstance(value, property):
+            value = value.fget
+        return self.of(value)
 
     def function(self, fn: types.FunctionType) -> Any:
         """The part of the key that stands for a function and all that it reads."""
@@ -98,8 +153,10 @@ class Fingerprint:
             return "recursion"
         self._open.add(id(fn))
         code, scope = fn.__code__, fn.__globals__
-        self._names.update(global_names(code))
         parts: list[Any] = [code]
+        of_torch = _of_torch(scope.get("__name__"))
+        if not of_torch:
+            self._names.update(global_names(code))
         if fn.__closure__:
             for cell in fn.__closure__:
                 try:
@@ -110,9 +167,14 @@ class Fingerprint:
             parts.append(self.of(fn.__defaults__))
         if fn.__kwdefaults__:
             parts.extend((k, self.of(v)) for k, v in fn.__kwdefaults__.items())
-        for name in global_names(code):
-            if name in scope:
-                parts.append(self.of(scope[name]))
+        if not of_torch:  # PyTorch's own functions mean what they mean
+            for name in global_names(code):
+                if name in scope:
+                    parts.append(self.of(scope[name]))
+        if fn.__dict__:
+            self._look()
+            for name in sorted(self._names.intersection(fn.__dict__)):
+                parts.append((name, self.of(fn.__dict__[name])))
         self._open.discard(id(fn))
         return tuple(parts)
 

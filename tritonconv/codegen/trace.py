@@ -215,10 +215,11 @@ def trace(
     closure or globals, read at computed indices (``bias[h, q - k + n]``).
 
     Results are cached by code object, closure cells, defaults, bound object and the globals that
-    the code names (numbers by value, tensors and other objects by identity), together with
-    ``arguments``. A new lambda of the same code and cells is found; a changed number traces again.
-    So are the attributes of such objects that the code names (``self.scale``, ``config.eps``). What
-    is read from a dictionary, by ``getattr`` or through a property is fixed at the first trace.
+    the code names (numbers by value, tensors by identity, shape and dtype, other objects by
+    identity), together with ``arguments``. A new lambda of the same code and cells is found; a
+    changed number traces again. So are the attributes of such objects and of their classes that
+    the code names (``self.scale``, ``config.eps``). What is read from a dictionary or by
+    ``getattr`` is fixed at the first trace.
 
     A Python index that is negative counts from the end. An index computed at run time must lie
     inside the tensor wherever the mask is set: nothing checks or wraps it on the GPU.
@@ -242,7 +243,7 @@ def trace(
     """
     arguments = tuple(arguments)
     fingerprint = Fingerprint()
-    key = (fingerprint.of(fn), arguments, torch.get_default_dtype())
+    key = (fingerprint.key_of(fn), arguments, torch.get_default_dtype())
     entry = _CACHE.get(key)
     if entry is not None:
         program, references, _ = entry

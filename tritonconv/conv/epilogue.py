@@ -48,7 +48,8 @@ _WANTED: dict[tuple[types.CodeType, int], tuple[str, ...]] = {}
 
 def _wanted_coordinates(fn: Callable[..., Any], rank: int) -> tuple[str, ...]:
     """Coordinates that a function asks for; remembered by code, which keeps no closure alive."""
-    if not isinstance(fn, types.FunctionType):
+    # A decorated function has the signature of what it wraps, which its own code does not tell.
+    if not isinstance(fn, types.FunctionType) or fn.__dict__:
         return _signature_coordinates(fn, rank)
     key = (fn.__code__, rank)
     found = _WANTED.get(key)
