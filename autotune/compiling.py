@@ -27,7 +27,7 @@ from tritonconv.runtime.operators import Algorithm, Operator, Problem
 from .forkserver import dumps
 from .measure import classify
 from .search import Failure, Status
-from .space import Candidate, CandidateKey
+from .space import Candidate, Identity, identity
 from .workers import (
     START_SECONDS,
     RemoteError,
@@ -50,7 +50,7 @@ class CompileResult:
 
 
 CompileOutcome = CompileResult | Failure
-_JobKey = tuple[str, Problem, CandidateKey]
+_JobKey = Identity
 
 
 def default_jobs() -> int:
@@ -374,7 +374,7 @@ class CompilePool:
 
 
 def _key(operator: Operator, problem: Problem, candidate: Candidate) -> _JobKey:
-    return operator.name, problem, candidate.as_key()
+    return identity(operator, problem, candidate)
 
 
 def _without_plan(operator: Operator, problem: Problem, candidate: Candidate) -> bool:

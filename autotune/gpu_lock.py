@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 import threading
 import time
 import warnings
 from pathlib import Path
-
-from tritonconv.runtime.settings import settings
 
 
 class GpuLock:
@@ -67,7 +66,9 @@ def gpu_lock(board: str) -> GpuLock:
     Args:
         board: what identifies it among all boards of the machine.
     """
-    path = Path(settings.cache_dir) / "locks" / f"gpu-{board}.lock"
+    # Not below the table directory: two tunes with different ones still share the GPU.
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    path = Path(base) / f"tritonconv-{os.getuid()}" / f"gpu-{board}.lock"
     return _locks.setdefault(path, GpuLock(path))
 
 

@@ -15,7 +15,7 @@ from tritonconv.runtime.operators import Operator, Problem
 from .compiling import CompilePool
 from .laboratory import Setup, close_lab
 from .measure import Lab
-from .report import Options, Progress, Report, TuningInterrupted, TuningStoppedError
+from .report import Options, Progress, Report, Result, TuningInterrupted, TuningStoppedError
 from .search import Outcome
 from .session import Compiler, Session
 from .space import Candidate
@@ -175,7 +175,14 @@ class Crew:
         except KeyboardInterrupt:
             self.stop.set()
             for lab in labs.values():
-                close_lab(lab)  # a candidate that hangs would keep its thread, and this one waiting
+                # A candidate that hangs would keep its thread, and this one waiting.
+                interrupt: Callable[[], None] | None = getattr(lab, "interrupt", None)
+                if interrupt is not None:
+                    interrupt()
+                else:
+                    close_lab(lab)
+            if isinstance(self.compiler, CompilePool):
+                self.compiler.close()
             for thread in threads:
                 thread.join()
             raise TuningInterrupted(self._ordered()) from None
@@ -195,6 +202,8 @@ class Crew:
                     session = self.sessions[index]
                     session.lab = lab
                 report = run_session(session, index, self._share())
+                if self.stop.is_set() and report.result is Result.FAILED:
+                    return  # of the processes that were ended, not of the problem
             except KeyboardInterrupt:
                 return
             except Exception as error:

@@ -18,6 +18,7 @@ import torch
 
 from tritonconv.runtime.accuracy import Accuracy
 from tritonconv.runtime.device import DeviceFacts
+from tritonconv.runtime.errors import TritonConvError
 from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.tables import Timing
 
@@ -35,13 +36,17 @@ from .measure import (
     Policy,
 )
 from .search import Failure, Status
-from .space import Candidate, CandidateKey
+from .space import Candidate, Identity, identity
 from .workers import START_SECONDS, RemoteError, Worker, WorkerDiedError, WorkerTimeoutError
 
 RUN_SECONDS = 10.0
 _SETUP_SECONDS = 300.0  # tensors, and a float64 reference
 _CLOSE_SECONDS = 30.0
 _CUDA_LAB = "tritonconv.autotune.measure:CudaLab"
+
+
+class SetupFailedError(TritonConvError):
+    """A problem could not be set up in the process, which works otherwise."""
 
 
 class WorkerLab:
@@ -83,7 +88,8 @@ class WorkerLab:
         self.run_timeout = run_timeout
         self.compile_timeout = compile_timeout
         self.generation = 0
-        self.quarantined: dict[tuple[str, Problem, CandidateKey], Failure] = {}
+        self.stopping = False
+        self.quarantined: dict[Identity, Failure] = {}
         self._arguments = (lab, lab_arguments)
         self._described: tuple[DeviceFacts, GpuLock | None] | None = None
         self.abandoned: list[_Remote] = []
@@ -100,6 +106,11 @@ class WorkerLab:
     def facts(self) -> DeviceFacts:
         """The device whose tables are written."""
         return self._describe()[0]
+
+    def state(self) -> dict[str, str | int]:
+        """Driver and clock of the GPU now."""
+        state: dict[str, str | int] = self.setup("state")
+        return state
 
     def timer(self, operator: Operator, problem: Problem, policy: Policy, seed: int) -> WorkerTimer:
         """Start timing a problem; waits until no other process measures on the GPU."""
@@ -127,8 +138,18 @@ class WorkerLab:
             self._worker.close()
             self._worker = None
 
+    def interrupt(self) -> None:
+        """End for good what another thread is doing here: Ctrl-C there, no candidate's fault."""
+        self.stopping = True
+        self.close()
+
+    def _give_way(self) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt
+
     def ready(self) -> Worker:
         """The process, replaced when the last one is gone; of interest to timers and checkers."""
+        self._give_way()
         if self._worker is None or not self._worker.alive:
             self._start()
         assert self._worker is not None
@@ -149,7 +170,7 @@ class WorkerLab:
             CandidateError: the candidate failed; if the process had to be replaced, the candidate
                 is quarantined.
         """
-        key = (operator.name, problem, candidate.as_key())
+        key = identity(operator, problem, candidate)
         phase: list[str] = []
 
         def heed(what: str) -> float:
@@ -159,6 +180,7 @@ class WorkerLab:
         try:
             found = self.ready().call(method, *arguments, timeout=timeout, heed=heed)
         except (WorkerTimeoutError, WorkerDiedError) as error:
+            self._give_way()
             failure = self.verdict(error, phase == [COMPILING])
         else:
             if isinstance(found, Failure):
@@ -176,7 +198,7 @@ class WorkerLab:
         Raises:
             CandidateError: with the failure of that time.
         """
-        failure = self.quarantined.get((operator.name, problem, candidate.as_key()))
+        failure = self.quarantined.get(identity(operator, problem, candidate))
         if failure is not None:
             raise CandidateError(failure)
 
@@ -212,6 +234,13 @@ class WorkerLab:
             worker = self.ready()
             return worker.call(method, *arguments, timeout=max(_SETUP_SECONDS, START_SECONDS))
         except (WorkerTimeoutError, WorkerDiedError) as error:
+            self._give_way()
+            if method != "describe":
+                # A problem that is too much for a process is not the end of the others, if a fresh
+                # process works.
+                with contextlib.suppress(WorkerTimeoutError, WorkerDiedError, RemoteError):
+                    self.ready().call("describe", timeout=START_SECONDS)
+                    raise SetupFailedError(f"{method}: {error}") from error
             raise DeviceLostError(f"the measuring process: {error}") from error
 
 
@@ -246,6 +275,8 @@ class _Remote:
 
     def close(self, closer: str) -> None:
         """Close it, unless its process is gone."""
+        if self.lab.stopping:
+            return
         worker = self.lab._worker
         if self.generation == self.lab.generation and worker is not None and worker.alive:
             with contextlib.suppress(WorkerTimeoutError, WorkerDiedError, RemoteError):
@@ -396,6 +427,7 @@ class WorkerTimer:
                 heed=heed,
             )
         except (WorkerTimeoutError, WorkerDiedError) as error:
+            self.lab._give_way()
             lost = self.lab.verdict(error, False)
         else:
             if isinstance(found, list):
@@ -405,7 +437,7 @@ class WorkerTimer:
                 return running[0], what
             self.lab.close()
             lost = Failure(Status.CRASH, " ".join(what.reason.split())[:300])
-        key = (self.operator.name, self.problem, handles[running[0]].candidate.as_key())
+        key = identity(self.operator, self.problem, handles[running[0]].candidate)
         self.lab.quarantined[key] = lost
         return running[0], lost
 

@@ -63,6 +63,11 @@ class LabHost:
             return self.lab.facts, board(device.index)
         return self.lab.facts, None
 
+    def state(self) -> dict[str, str | int]:
+        """Driver and clock, where the lab says them."""
+        state: dict[str, str | int] = getattr(self.lab, "state", dict)()
+        return state
+
     def open_timer(self, operator: Operator, problem: Problem, policy: Policy, seed: int) -> int:
         """Start timing a problem."""
         number = next(self._numbers)

@@ -10,7 +10,7 @@ import datetime
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ import torch
 
 from tritonconv.runtime.accuracy import Accuracy
 from tritonconv.runtime.entries import Resources
+from tritonconv.runtime.errors import TritonConvError
 from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.tables import Entry, Environment, Timing, Trial, environment
 
@@ -93,6 +94,7 @@ class Session:
     _begun: bool = field(init=False, default=False)
     _finished: bool = field(init=False, default=False)
     _fresh: int = field(init=False, default=0)
+    _before: dict[str, Any] = field(init=False, default_factory=dict)
     _checked: set[CandidateKey] = field(init=False, default_factory=set)
 
     def begin(self) -> int:
@@ -127,12 +129,14 @@ class Session:
                 seed=options.seed,
             )
 
-        self._begun = True
-        self._finished = self._has_all() or (self._is_current() and self._settles(strategy()))
-        if self._finished:
-            return 0
         self._strategy = strategy()
         self._first = self._strategy.ask()
+        self._finished = self._has_all() or (
+            self._is_current() and self._all_checked() and self._settles(strategy())
+        )
+        self._begun = True
+        if self._finished:
+            return 0
         unknown = [candidate for candidate in self._first if candidate.as_key() not in self.trials]
         if self.compiler is not None:
             self.compiler.submit(self.operator, self.problem, unknown)
@@ -152,6 +156,7 @@ class Session:
         self.progress.problem(index, self.problem, planned)
         options = self.options
         timer = self.lab.timer(self.operator, self.problem, options.policy, options.seed)
+        self._before = self._state()
         try:
             checker = self.lab.checker(self.operator, self.problem, options.seed)
             searched = search(
@@ -159,11 +164,17 @@ class Session:
                 lambda batch: self._evaluate(timer, batch),
                 Budget(seconds),
             )
+            # Outcomes come as they are compiled: a small budget may have ended before its turn.
+            for _ in self._evaluate(timer, (self.space.default,)):
+                pass
             if options.check is Check.ALL:
                 for candidate, outcome in searched.outcomes:
                     if isinstance(outcome, Timing):
                         self._accept(checker, candidate)
             self._final(timer, checker)
+        except BaseException:
+            self._keep_trials(start)
+            raise
         finally:
             timer.close()
         return self._store(searched, start)
@@ -176,26 +187,60 @@ class Session:
         """Whether an earlier run did all that this one is asked for."""
         return self._is_current() and self.old.recorded.get("completed") == self._request()  # type: ignore[union-attr]
 
+    def _all_checked(self) -> bool:
+        """Whether nothing is left to check of what is known, as ``check`` asks for."""
+        return self.options.check is not Check.ALL or all(
+            trial.timing is None or trial.max_error is not None for trial in self.trials.values()
+        )
+
     def _settles(self, strategy: Strategy) -> bool:
         """Whether all that this run would try is known."""
         return settled(strategy, {key: _outcome(trial) for key, trial in self.trials.items()})
 
     def _known_trials(self) -> dict[CandidateKey, Trial]:
-        """Trials of the earlier entry whose candidate still exists; old finalists compete anew.
+        """Earlier trials whose candidate still exists; old finalists compete anew.
 
-        A candidate that ran out of time, or took its process with it, is tried again only when
-        asked to time everything again.
+        A candidate that took its process with it is tried again only when asked to time everything
+        again; one that ran out of time also when it gets more of it, one that ran out of memory
+        always.
         """
-        if self.old is None:
+        if self.options.force:
             return {}
         current = {candidate.as_key() for candidate in self.space.candidates}
+        limits = self._limits()
         known = {}
-        for trial in self.old.trials:
-            key = trial_key(trial)
-            if key in current:
+        for entry in (self.old, self.store.load_partial(self.env, self._draft(()))):
+            if entry is None:
+                continue
+            for trial in entry.trials:
+                key = trial_key(trial)
+                if key not in current or _passing(trial, entry.recorded, limits):
+                    continue
                 status = Status.TIMED if trial.status == Status.OK else trial.status
                 known[key] = replace(trial, status=status)
         return known
+
+    def _state(self) -> dict[str, Any]:
+        """Driver and clock of the GPU, recorded but not part of the key."""
+        try:
+            state: dict[str, Any] = getattr(self.lab, "state", dict)()
+        except TritonConvError:  # it is not worth a problem
+            state = {}
+        return state
+
+    def _limits(self) -> dict[str, float]:
+        """How long a candidate may take, by the failure of those that take longer."""
+        found = {
+            Status.RUN_TIMEOUT: getattr(self.lab, "run_timeout", None),
+            Status.COMPILE_TIMEOUT: getattr(self.compiler, "timeout", None),
+        }
+        return {str(status): limit for status, limit in found.items() if limit is not None}
+
+    def _keep_trials(self, start: float) -> None:
+        """Keep the timings of a search that did not come to its end, for the next start."""
+        if self.trials:
+            draft = self._draft(self._ordered(), self._recorded(start))
+            self.store.save_partial(self.env, draft)
 
     def _evaluate(
         self, timer: Timer, batch: Sequence[Candidate]
@@ -318,20 +363,11 @@ class Session:
         if searched.complete:
             recorded["completed"] = self._request()
         measured = self._fresh
-        draft = Entry(
-            operator=self.operator.name,
-            problem=dict(self.problem.fields()),
-            source_hash=self.operator.source_hash(),
-            policy=str(self.options.policy),
-            environment=self.env.as_dict(),
-            default=ordered[0],
-            best=ordered[0],
-            trials=ordered,
-            recorded=recorded,
-            space_hash=self.space.hash,
-        )
+        draft = self._draft(ordered, recorded)
         entry = elect(draft)
         if entry is None:
+            self._keep_trials(start)
+            self._withdraw()
             return self._report(
                 Result.FAILED,
                 start,
@@ -340,6 +376,7 @@ class Session:
                 rejected=rejected,
             )
         stored = self.store.save(self.env, entry, replace_old=self.options.force)
+        self.store.drop_partial(self.env, entry)
         return self._report(
             Result.TUNED,
             start,
@@ -349,6 +386,34 @@ class Session:
             complete=searched.complete,
             rejected=rejected,
         )
+
+    def _draft(self, trials: tuple[Trial, ...], recorded: Mapping[str, Any] | None = None) -> Entry:
+        """An entry of these trials, before its winner is elected."""
+        default = self.space.default
+        unknown = Trial(default.algorithm, default.config.as_dict(), Status.TIMED)
+        first = self.trials.get(default.as_key(), unknown)
+        return Entry(
+            operator=self.operator.name,
+            problem=dict(self.problem.fields()),
+            source_hash=self.operator.source_hash(),
+            policy=str(self.options.policy),
+            environment=self.env.as_dict(),
+            default=first,
+            best=first,
+            trials=trials,
+            recorded=recorded or {},
+            space_hash=self.space.hash,
+        )
+
+    def _withdraw(self) -> None:
+        """Drop stored entries whose winner has just been shown to be wrong."""
+        wrong = {key for key, trial in self.trials.items() if trial.status == Status.NUMERIC}
+        draft = self._draft(())
+        for stored in self.store.siblings(
+            self.env, draft.operator, draft.problem, draft.source_hash, draft.policy
+        ):
+            if trial_key(stored.entry.best) in wrong:
+                stored.path.unlink(missing_ok=True)
 
     def _ordered(self) -> tuple[Trial, ...]:
         """Trials in the fixed order of the space, the default first."""
@@ -377,6 +442,9 @@ class Session:
             "space_size": len(self.space.candidates),
             "dropped": len(self.space.dropped),
             "unsupported": dict(self.space.unsupported),
+            "limits_s": self._limits(),
+            "before": self._before,
+            "after": self._state(),
             "tritonconv": importlib.metadata.version("tritonconv"),
             "torch": torch.__version__,
             "cuda": torch.version.cuda or torch.version.hip or "",
@@ -422,6 +490,16 @@ class Session:
             0.0,
             reason,
         )
+
+
+def _passing(trial: Trial, recorded: Mapping[str, Any], limits: Mapping[str, float]) -> bool:
+    """Whether a failure may be gone by now."""
+    if trial.status == Status.LAUNCH:
+        return "out of GPU memory" in trial.reason
+    if trial.status in limits:
+        before = recorded.get("limits_s", {}).get(trial.status, 0.0)
+        return limits[trial.status] > float(before)
+    return False
 
 
 def _outcome(trial: Trial) -> Outcome:

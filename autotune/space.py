@@ -33,6 +33,14 @@ class Candidate:
 CandidateKey = tuple[str, tuple[tuple[str, int], ...]]
 
 
+Identity = tuple[str, str, Problem, CandidateKey]
+
+
+def identity(operator: Operator, problem: Problem, candidate: Candidate) -> Identity:
+    """What a verdict on a candidate is remembered under: a kernel that was edited is another."""
+    return operator.name, operator.source_hash(), problem, candidate.as_key()
+
+
 def candidate_key(algorithm: str, config: Mapping[str, int]) -> CandidateKey:
     """Identity of a candidate, whether it comes from a space or from a stored trial."""
     return algorithm, tuple(sorted(config.items()))

@@ -152,6 +152,28 @@ class Store:
             self._write(path, merged)
         return Stored(merged, path)
 
+    def _partial(self, environment: Environment, entry: Entry) -> Path:
+        path = self.path(environment, entry.operator, entry.key())
+        return path.parent / "partial" / path.name
+
+    def save_partial(self, environment: Environment, entry: Entry) -> None:
+        """Keep trials that have no winner yet, where no lookup finds them."""
+        path = self._partial(environment, entry)
+        self._prepare(environment, entry)
+        make_private(path.parent)
+        self._write(path, entry)
+
+    def load_partial(self, environment: Environment, entry: Entry) -> Entry | None:
+        """What :meth:`save_partial` kept for an entry of the same key."""
+        try:
+            return Entry.from_json(json.loads(self._partial(environment, entry).read_text()))
+        except (OSError, ValueError):
+            return None
+
+    def drop_partial(self, environment: Environment, entry: Entry) -> None:
+        """Forget them; the entry itself has them now."""
+        self._partial(environment, entry).unlink(missing_ok=True)
+
     def _prepare(self, environment: Environment, entry: Entry) -> Path:
         """Make the folder of an entry and describe its environment there."""
         path = self.path(environment, entry.operator, entry.key())

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -123,6 +125,10 @@ def tune_pairs(
         raise TuningInterrupted(reports) from None
     except DeviceLostError as error:
         raise TuningStoppedError(reports, error) from error
+    finally:
+        drop = getattr(compiler, "drop_pending", None)
+        if drop is not None:
+            drop()  # what a budget left over would go on compiling behind the user's program
     return reports
 
 
@@ -175,6 +181,7 @@ def unique_pairs(pairs: Iterable[tuple[Operator, Problem]]) -> list[tuple[Operat
 
 
 _attempted: set[str] = set()
+_one_at_a_time = threading.Lock()
 _kept = ExitStack()
 atexit.register(_kept.close)
 
@@ -189,22 +196,29 @@ def tune_on_the_spot(operator: Operator, problem: Problem, device: DeviceFacts) 
     """Tune one problem now, because ``settings.autotune`` asks for it; what dispatch calls.
 
     A problem is tried once per process. Failure is a warning, and the call goes on with the
-    default, unless the GPU context is lost (:class:`TuningStoppedError`). Ranks of a distributed
-    job would choose differently, so there nothing is measured.
+    default. Ranks of a distributed job would choose differently, so there nothing is measured.
     """
     key = digest([device.as_dict(), operator.name, dict(problem.fields())])
     if key in _attempted:
         return
     _attempted.add(key)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if initialized or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         warnings.warn(
             "tritonconv does not tune inside a distributed job, because ranks could choose "
             "differently; run `autotune tune --model ...` once before it",
             stacklevel=2,
         )
         return
-    lab, compiler = _equipment(torch.cuda.current_device())
-    (report,) = tune(operator, [problem], budget_s=_ON_THE_SPOT_SECONDS, lab=lab, compiler=compiler)
+    try:
+        with _one_at_a_time:
+            lab, compiler = _equipment(torch.cuda.current_device())
+            (report,) = tune(
+                operator, [problem], budget_s=_ON_THE_SPOT_SECONDS, lab=lab, compiler=compiler
+            )
+    except (DeviceLostError, TuningStoppedError) as error:
+        warnings.warn(f"tuning {problem} stopped, the default is used: {error}", stacklevel=2)
+        return
     if report.result is Result.FAILED:
         reason = report.reason or "no candidate passed"
         warnings.warn(f"tuning {problem} failed, the default is used: {reason}", stacklevel=2)

@@ -14,7 +14,7 @@ import typer
 from tritonconv.runtime import missed as missed_problems
 from tritonconv.runtime.device import DeviceFacts, device_facts
 from tritonconv.runtime.environment import environment
-from tritonconv.runtime.errors import bad_value
+from tritonconv.runtime.errors import TritonConvError, bad_value
 from tritonconv.runtime.operators import Operator, Problem, get_operator
 
 from ..compiling import COMPILE_SECONDS
@@ -50,6 +50,10 @@ from .progress import progress_on
 from .reports import show_dry_run, show_reports
 
 Pair = tuple[Operator, Problem]
+
+
+class RankLostError(TritonConvError):
+    """A rank of the job could not finish its share; the message says which and why."""
 
 
 def tune(
@@ -155,6 +159,9 @@ def tune(
     if dry_run:
         show_dry_run(out, pairs, facts_or_nominal(target)[0], options)
         return
+    if not pairs:
+        out.result({"asked": 0, "reports": []}, "no problem has run untuned on this GPU")
+        return
     setting = Setup(jobs, not in_process, compile_timeout, run_timeout)
     devices = None if gpus is None else parse_gpus(gpus)
     reports: Sequence[Report] = ()
@@ -165,7 +172,8 @@ def tune(
             reports = _run(pairs, seconds, options, setting, devices, progress, out)
     except (TuningInterrupted, TuningStoppedError) as error:
         reports, stopped = error.reports, error
-    if os.environ.get("RANK", "0") == "0":  # one rank speaks for all, or JSON would be interleaved
+    # One rank speaks for all, or JSON would be interleaved.
+    if not under_torchrun() or os.environ["RANK"] == "0":
         show_reports(out, reports, stopped, len(pairs), time.monotonic() - began)
     if missed:
         done = [r for r in reports if r.result in (Result.TUNED, Result.KEPT)]
@@ -200,9 +208,10 @@ def _run(
         sharded = tune_sharded(
             pairs, budget_s=seconds, options=options, progress=progress, setup=setting
         )
-        for rank, reason in sharded.lost.items():
-            out.say(f"rank {rank} did not finish: {reason}")
         out.say(f"one table on all ranks: {sharded.fingerprint}")
+        if sharded.lost:
+            lost = [f"rank {rank} did not finish: {text}" for rank, text in sharded.lost.items()]
+            raise TuningStoppedError(sharded.reports, RankLostError("; ".join(lost)))
         return sharded.reports
     if devices is not None:
         return tune_on_gpus(
@@ -223,8 +232,6 @@ def _missed_pairs(operators: Sequence[str] | None, facts: DeviceFacts) -> list[P
     """What programs ran untuned on this GPU."""
     wanted = expand_operators(operators)
     pairs = missed_problems.load(environment(facts))
-    if not pairs:
-        raise bad_value("--missed", "problems that a program ran untuned on this GPU", "none")
     return [pair for pair in pairs if not wanted or pair[0].name in wanted]
 
 
@@ -277,6 +284,6 @@ def _model_pairs(
         channels=channels,
         dtypes=dtypes or ("bfloat16",),
         layouts=layouts or ("channels_last",),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu",
     )
     return [pair for pair in pairs if not wanted or pair[0].name in wanted]

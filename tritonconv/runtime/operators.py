@@ -8,6 +8,7 @@ these three interfaces alone and know no family; a family registers its operator
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
@@ -177,6 +178,7 @@ class Operator(ABC):
         return digest.hexdigest()[:16]
 
 
+@functools.cache
 def _file_hash(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()[:16]

@@ -1,0 +1,153 @@
+"""What one problem's tuning keeps, withdraws and never leaves out, whatever comes first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from autotune_fakes import Aten, Fine, PlaybackLab, Scale, ScaleProblem, Wrong, table_of
+
+from tritonconv.autotune.compiling import CompileResult
+from tritonconv.autotune.report import Check, Options, Progress, Result, TuningInterrupted
+from tritonconv.autotune.search import Failure, Outcome, Status
+from tritonconv.autotune.space import Candidate
+from tritonconv.autotune.store import Store
+from tritonconv.autotune.tune import tune
+from tritonconv.runtime.entries import Resources
+from tritonconv.runtime.tables import Tier, tuned_table
+
+PROBLEM = ScaleProblem(1000)
+
+
+class LastFirst:
+    """A compiler that finishes in the reverse order, and says what a candidate needs."""
+
+    timeout = 60.0
+
+    def __init__(
+        self, resources: Resources | None = None, fails: str = "", seconds: float = 0.0
+    ) -> None:
+        self.seconds = seconds
+        self.resources = resources or Resources()
+        self.fails = fails
+        self.dropped = 0
+
+    def submit(self, operator: Any, problem: Any, candidates: Iterable[Candidate]) -> None:
+        list(candidates)
+
+    def results(
+        self, operator: Any, problem: Any, candidates: Iterable[Candidate]
+    ) -> Iterator[tuple[Candidate, CompileResult | Failure]]:
+        for candidate in reversed(list(candidates)):
+            time.sleep(self.seconds)
+            if candidate.algorithm == self.fails:
+                reason = f"did not compile within {self.timeout:g} s"
+                yield candidate, Failure(Status.COMPILE_TIMEOUT, reason)
+            else:
+                yield candidate, CompileResult(self.resources, 0.1)
+
+    def drop_pending(self) -> None:
+        self.dropped += 1
+
+
+def test_the_default_is_measured_however_small_the_budget(cache: Path) -> None:
+    lab = PlaybackLab(table_of({("fine", 0): 1.0, ("aten", 0): 9.0}))
+    compiler = LastFirst(seconds=0.4)
+    (report,) = tune(Scale(Fine(), Aten()), [PROBLEM], lab=lab, compiler=compiler, budget_s=0.3)
+    assert report.entry is not None and not report.complete
+    assert (report.entry.default.config, report.entry.best.config) == ({"variant": 0},) * 2
+    assert report.entry.default.timing is not None and report.entry.default.timing.p50 == 1.0
+    assert compiler.dropped == 1
+
+
+def test_spillers_are_dropped_unless_they_are_the_default(cache: Path) -> None:
+    spilling = LastFirst(Resources(255, 4096, 1024))
+    lab = PlaybackLab()
+    (report,) = tune(Scale(Fine()), [PROBLEM], lab=lab, compiler=spilling)
+    assert report.entry is not None and report.failures() == {"constraint": 3}
+    assert "spills 4096 bytes" in report.rejected[0].reason
+    assert report.entry.best.config == {"variant": 0}
+    assert report.entry.best.resources == Resources(255, 4096, 1024)
+
+
+class Interrupting(Progress):
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def candidate(self, candidate: Candidate, outcome: Outcome) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_search_keeps_its_timings(cache: Path) -> None:
+    operator = Scale(Fine(), Aten())
+    with pytest.raises(TuningInterrupted):
+        tune(operator, [PROBLEM], lab=PlaybackLab(), progress=Interrupting(4))
+    assert list(Store().entries()) == []  # no lookup sees what has no winner
+    assert tuned_table(PlaybackLab().facts).lookup(operator, PROBLEM).tier is Tier.DEFAULT
+    lab = PlaybackLab()
+    (report,) = tune(operator, [PROBLEM], lab=lab)
+    assert (report.result, report.measured) == (Result.TUNED, 1)
+    assert report.entry is not None and len(report.entry.trials) == 5
+    assert not list(cache.rglob("partial/*.json"))
+
+
+def test_what_failed_is_not_measured_again(cache: Path) -> None:
+    for measured in (3, 0):
+        (report,) = tune(Scale(Wrong()), [PROBLEM], lab=PlaybackLab())
+        assert (report.result, report.measured) == (Result.FAILED, measured)
+    (report,) = tune(Scale(Wrong()), [PROBLEM], lab=PlaybackLab(), options=Options(force=True))
+    assert report.measured == 3
+
+
+def test_more_time_tries_again_what_ran_out_of_it(cache: Path) -> None:
+    operator = Scale(Fine(), Aten())
+    slow = LastFirst(fails="aten")
+    (report,) = tune(operator, [PROBLEM], lab=PlaybackLab(), compiler=slow)
+    assert report.failures() == {"compile_timeout": 1}
+    (report,) = tune(operator, [PROBLEM], lab=PlaybackLab(), compiler=slow)
+    assert report.result is Result.KEPT
+    patient = LastFirst()
+    patient.timeout = 300.0
+    (report,) = tune(
+        operator, [PROBLEM], lab=PlaybackLab(), compiler=patient, options=Options(seed=1)
+    )
+    assert (report.result, report.measured, report.failures()) == (Result.TUNED, 1, {})
+
+
+class FourTimes(Fine):
+    """What ``fine`` was, now wrong."""
+
+    name: ClassVar[str] = "fine"
+
+    def launch(self, problem: Any, config: Any, tensors: Any) -> None:
+        torch.mul(tensors["x"], 4, out=tensors["y"])
+
+
+def test_a_winner_that_turns_out_wrong_is_withdrawn(cache: Path) -> None:
+    (report,) = tune(Scale(Fine()), [PROBLEM], lab=PlaybackLab())
+    assert report.result is Result.TUNED
+    operator = Scale(FourTimes())
+    (report,) = tune(operator, [PROBLEM], lab=PlaybackLab(), options=Options(force=True))
+    assert report.result is Result.FAILED
+    choice = tuned_table(PlaybackLab().facts).lookup(operator, PROBLEM)
+    assert choice.tier is Tier.DEFAULT
+
+
+def test_checking_all_checks_what_only_finalists_had(cache: Path) -> None:
+    times = {("fine", i): 5.0 + i / 10 for i in range(4)} | {("wrong", i): 80.0 for i in range(3)}
+    operator = Scale(Fine(), Aten(), Wrong())
+    lab = PlaybackLab(table_of(times))
+    (report,) = tune(operator, [PROBLEM], lab=lab)
+    assert report.entry is not None
+    unchecked = [t for t in report.entry.trials if t.timing is not None and t.max_error is None]
+    (report,) = tune(operator, [PROBLEM], lab=lab, options=Options(check=Check.ALL))
+    assert report.entry is not None
+    if unchecked:
+        assert report.result is Result.TUNED
+    assert all(t.timing is None or t.max_error is not None for t in report.entry.trials)
