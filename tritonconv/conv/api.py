@@ -205,12 +205,14 @@ def _remember(
     """Prepare the next call of this kind; not where an epilogue captures tensors of its own."""
     if function is not None and fused_ops.captures_of(function):
         return
-    if len(_PREPARED) >= _MAX_PREPARED:
-        _PREPARED.clear()
-    forward = None
+    forward, final = None, True
     if not (recorded and torch.is_grad_enabled()):
         operands = _operands(rank, bias, epilogue_args)
-        forward = fused_ops.prepared_forward(x, w, operands, function, geometry)
+        forward, final = fused_ops.prepared_forward(x, w, operands, function, geometry)
+    if not final:
+        return
+    if len(_PREPARED) >= _MAX_PREPARED:
+        _PREPARED.clear()
     _PREPARED[key] = PreparedCall(rank, geometry, function, forward, tables.epoch())
 
 

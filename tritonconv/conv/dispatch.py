@@ -13,7 +13,7 @@ from ..runtime.errors import bad_value
 from ..runtime.launch import Executable
 from ..runtime.operators import Algorithm, Operator, register, source_hash_of
 from ..runtime.plan import LaunchPlan
-from ..runtime.tables import Choice, Tier, choose
+from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common, implicit_gemm, tiles, windows
 from .algorithms.aten import Aten
 from .algorithms.common import slot_names
@@ -172,13 +172,28 @@ for _direction in Direction:
 
 @dataclass(frozen=True)
 class Runner:
-    """A problem with its choice made: what a call executes."""
+    """A problem with its choice made: what a call executes.
+
+    Attributes:
+        problem: the call.
+        asked: what was chosen.
+        algorithm: the algorithm that was chosen.
+        executable: its kernels; None where the algorithm runs without a plan.
+        slots: names of the tensors in the order of a call.
+    """
 
     problem: ConvProblem
-    choice: Choice
+    asked: Choice
     algorithm: Algorithm
     executable: Executable | None
     slots: tuple[str, ...]
+
+    @property
+    def choice(self) -> Choice:
+        """What runs: what was chosen, or the default once that was found not to fit."""
+        if self.executable is not None and self.executable.fell_back:
+            return served_by(self.problem, self.asked)
+        return self.asked
 
     def __call__(self, *tensors: Tensor) -> None:
         """Run on tensors in slot order; outputs are written in place."""
@@ -186,20 +201,22 @@ class Runner:
             self.executable(*tensors)
         else:
             named = dict(zip(self.slots, tensors, strict=True))
-            self.algorithm.launch(self.problem, self.choice.config, named)
+            self.algorithm.launch(self.problem, self.asked.config, named)
 
 
 _RUNNERS: dict[Any, Runner] = {}
 
 
 def runner(problem: ConvProblem, device: torch.device) -> Runner:
-    """Choose (tuned table or default) and prepare a problem, once."""
+    """Choose (tuned table or default) and prepare a problem, once where the choice is final."""
     key = (problem, device)
     found = _RUNNERS.get(key)
     if found is None:
         operator = OPERATORS[problem.direction, len(problem.in_size)]
         choice = choose(operator, problem, device_facts(device if device.type == "cuda" else None))
-        found = _RUNNERS[key] = make_runner(problem, choice)
+        found = make_runner(problem, choice)
+        if choice.final:
+            _RUNNERS[key] = found
     return found
 
 
@@ -211,18 +228,22 @@ def make_runner(problem: ConvProblem, choice: Choice) -> Runner:
     slots = tuple(common.slot_dtypes(problem))
     executable = None
     if plan is not None:
-        exact = choice.tier in (Tier.EXACT, Tier.DEFAULT)
-        executable = Executable(plan, slots, None if exact else lambda: _default_plan(problem))
+        # What was tuned with an epilogue was so with a bias and a ReLU: another may need more.
+        measured = choice.tier is Tier.EXACT and problem.epilogue is None
+        fits = measured or choice.tier is Tier.DEFAULT
+        executable = Executable(plan, slots, None if fits else lambda: _instead(problem, choice))
     return Runner(problem, choice, algorithm, executable, slots)
 
 
-def _default_plan(problem: ConvProblem) -> LaunchPlan:
+def _instead(problem: ConvProblem, choice: Choice) -> LaunchPlan:
     """What runs where a config that was tuned elsewhere does not fit: kernels of ours, always."""
     operator = OPERATORS[problem.direction, len(problem.in_size)]
     facts = device_facts()
     for algorithm in (operator.default_algorithm(problem, facts), *operator.candidates(problem)):
-        plan = algorithm.plan(problem, algorithm.configs(problem, facts)[0])
+        config = algorithm.configs(problem, facts)[0]
+        plan = algorithm.plan(problem, config)
         if plan is not None:
+            note_replaced(problem, choice, Choice(algorithm.name, config, Tier.DEFAULT))
             return plan
     raise bad_value("problem", "one that a kernel serves", str(problem))
 

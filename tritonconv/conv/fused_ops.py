@@ -118,8 +118,10 @@ def _prepare_epilogue(
 ) -> tuple[Runner | None, tuple[int, ...], tuple[int, ...]]:
     problem = _epilogue_problem(x, w, operands, captures, function, save_acc, geometry)
     empty = 0 in problem.y_shape
-    found = (None if empty else runner(problem, x.device), problem.y_shape, problem.y_strides)
-    FORWARD[key] = found
+    prepared = None if empty else runner(problem, x.device)
+    found = (prepared, problem.y_shape, problem.y_strides)
+    if prepared is None or prepared.asked.final:
+        FORWARD[key] = found
     return found
 
 
@@ -141,32 +143,34 @@ def captures_of(function: str) -> bool:
 
 def prepared_forward(
     x: Tensor, w: Tensor, operands: list[Tensor], function: str | None, geometry: tuple[Any, ...]
-) -> Callable[..., Tensor] | None:
+) -> tuple[Callable[..., Tensor] | None, bool]:
     """The launch alone, for tensors like these and no gradient; None where PyTorch computes.
 
-    The result takes (x, w, *operands) and reads operands by pointer: their shapes are settled.
+    The launch takes (x, w, *operands) and reads operands by pointer: their shapes are settled.
+    The second result says whether this holds for later calls too.
     """
     if not uses_triton(x.device) or x.dim() != 4:
-        return None
+        return None, True
     if function is None:
         problem = forward_problem(x, w, *geometry)
     else:
         problem = _epilogue_problem(x, w, operands, [], function, False, geometry)
         if program_of(function).captures:
-            return None
+            return None, True
     shape, strides, dtype, device = problem.y_shape, problem.y_strides, x.dtype, x.device
     if 0 in shape or 0 in problem.w_shape:
-        return None
-    executable = runner(problem, device).executable
-    if executable is None:
-        return None
+        return None, True
+    prepared = runner(problem, device)
+    executable = prepared.executable
+    if executable is None or not prepared.asked.final:
+        return None, prepared.asked.final
 
     def forward(x: Tensor, w: Tensor, *operands: Tensor) -> Tensor:
         y = torch.empty_strided(shape, strides, dtype=dtype, device=device)
         executable(x, w, y, *operands)
         return y
 
-    return forward
+    return forward, True
 
 
 def _conv_epilogue_fake(

@@ -223,7 +223,9 @@ def _prepare_forward(
     if not triton:
         note(problem)
         return None, problem.y_shape, problem.y_strides
-    found = FORWARD[key] = (runner(problem, x.device), problem.y_shape, problem.y_strides)
+    found = (runner(problem, x.device), problem.y_shape, problem.y_strides)
+    if found[0].asked.final:
+        FORWARD[key] = found
     return found
 
 
@@ -310,7 +312,9 @@ def _gradient(
         if not uses_triton(grad.device) or len(shape) != 4:
             note(problem)
             return _gradient_with_torch(problem, grad, other, channels_last, geometry)
-        found = _BACKWARD[key] = (runner(problem, grad.device), shape, strides)
+        found = (runner(problem, grad.device), shape, strides)
+        if found[0].asked.final:
+            _BACKWARD[key] = found
     prepared, shape, strides = found
     if prepared.executable is None:
         names = common.slot_names(direction)

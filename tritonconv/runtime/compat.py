@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 TRITON_VERSION: tuple[int, int] = tuple(  # type: ignore[assignment]  # two groups, always
     int(part)
@@ -21,6 +23,23 @@ TRITON_VERSION: tuple[int, int] = tuple(  # type: ignore[assignment]  # two grou
 # The direct launch below was checked on a GPU with these releases only; every other one goes
 # through Triton's own dispatcher, which is slower on the host and always right.
 DIRECT_LAUNCH_VERSIONS = frozenset({(3, 6)})
+
+
+COMPILE_ERRORS: tuple[type[Exception], ...] = (CompilationError, PTXASError)
+"""What compiling a kernel raises, besides a plain RuntimeError of the pass manager."""
+
+
+def unfit(error: Exception) -> str:
+    """Why a kernel with this config cannot run here; empty where the error says nothing of that.
+
+    Example:
+        >>> unfit(RuntimeError("PassManager::run failed")), unfit(RuntimeError("CUDA error"))
+        ('does not compile here', '')
+    """
+    if isinstance(error, OutOfResources):
+        return "needs more than this device has"
+    failed = type(error) is RuntimeError and "PassManager::run failed" in str(error)
+    return "does not compile here" if failed or isinstance(error, COMPILE_ERRORS) else ""
 
 
 def interpreting() -> bool:

@@ -14,7 +14,7 @@ from .device import DeviceFacts, device_facts
 from .operators import Operator, Problem
 from .recording import recording
 from .settings import settings
-from .tables import Choice, Tier, default_choice, from_tuner, tuned_table
+from .tables import Choice, Tier, default_choice, from_tuner, served_by, tuned_table
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class ExplainedCall:
         operator: its name.
         problem: the call.
         count: how often it was met.
-        choice: algorithm, config, and the tier and table that name them.
+        choice: algorithm, config, and the tier and table that name them; the default, where a
+            tuned config was found not to fit this device or compiler.
         is_default: the choice is what an untuned call would run.
         measured_us: the kernel's time, where this very problem is tuned.
         default_us: the default's time, likewise.
@@ -108,9 +109,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     for (operator, problem), count in Counter(met).items():
         found = table.find(operator, problem)
         default = default_choice(operator, problem, device)
-        chosen = (found.choice.algorithm, found.choice.config)
+        choice = served_by(problem, found.choice)
+        chosen = (choice.algorithm, choice.config)
         measured = before = None
-        if found.located is not None and found.choice.tier is Tier.EXACT:
+        if found.located is not None and choice.tier is Tier.EXACT:
             entry = found.located.entry
             measured = entry.best.timing.p50 if entry.best.timing else None
             before = entry.default.timing.p50 if entry.default.timing else None
@@ -119,12 +121,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
                 operator.name,
                 problem,
                 count,
-                found.choice,
+                choice,
                 chosen == (default.algorithm, default.config),
                 measured,
                 before,
                 floor_us(problem, device),
-                _predicted_us(operator, problem, found.choice, device),
+                _predicted_us(operator, problem, choice, device),
             )
         )
     return Explanation(device, torch.cuda.is_available(), tuple(calls))

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from triton.runtime.errors import OutOfResources
 
-from .compat import direct_launcher, interpreting
+from .compat import direct_launcher, interpreting, unfit
 from .errors import bad_value
 from .plan import KernelCall, LaunchPlan, Slot
 from .settings import settings
@@ -99,10 +98,12 @@ class Executable:
         Args:
             plan: what to run.
             slots: names of the tensors in the order of a call.
-            instead: makes the plan to fall back on where the device has too little for ``plan``: a
-                config that was tuned for another problem, device or compiler may not fit here.
+            instead: makes the plan to fall back on where the device has too little for ``plan`` or
+                the compiler refuses it: a config that was tuned for another problem, device or
+                compiler may not fit here.
         """
         self._instead = instead
+        self.fell_back = False
         self._bind(plan, slots)
 
     def _bind(self, plan: LaunchPlan, slots: tuple[str, ...]) -> None:
@@ -149,15 +150,14 @@ class Executable:
                 return
             with torch.cuda.device(device):
                 compiled = [call.dispatch(held) for call in self.calls]
-        except OutOfResources as error:
-            if self._instead is None:
+        except Exception as error:
+            reason = unfit(error) if self._instead is not None else ""
+            if self._instead is None or not reason:
                 raise
             make, self._instead = self._instead, None
-            warnings.warn(
-                f"a tuned config needs more than this device has ({error}); the default runs",
-                stacklevel=2,
-            )
+            warnings.warn(f"a tuned config {reason} ({error}); the default runs", stacklevel=2)
             self._bind(make(), self.slots)
+            self.fell_back = True
             self(*held[: len(self.slots)])
             return
         if self.ready or interpreting() or not settings.fast_launch:

@@ -31,12 +31,22 @@ TUNED_TIERS = frozenset((Tier.EXACT, Tier.BUCKET))
 
 @dataclass(frozen=True)
 class Choice:
-    """What a call should run, and why."""
+    """What a call should run, and why.
+
+    Attributes:
+        algorithm: its name.
+        config: what it is launched with.
+        tier: how the tables came to it.
+        source: the table; empty for the default.
+        final: it holds for later calls too. It does not where tuning is switched on but had to
+            wait: during the capture of a graph, for instance.
+    """
 
     algorithm: str
     config: Config
     tier: Tier
     source: str = ""
+    final: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,7 @@ class TunedTable:
         table = self._tables.get((env.hash, operator))
         if table is None:
             table = _OperatorTable()
-            for located in self._effective(operator, env):
+            for located in self.effective(operator, env):
                 place = _Place.of(located.entry.problem)
                 # Lookups need winners; trials of a whole table would be much memory.
                 slim = replace(located, entry=replace(located.entry, trials=(), tied=()))
@@ -191,7 +201,7 @@ class TunedTable:
             self._tables[env.hash, operator] = table
         return table
 
-    def _effective(self, operator: Operator, env: Environment) -> Iterator[Located]:
+    def effective(self, operator: Operator, env: Environment) -> Iterator[Located]:
         """The entry that answers for each problem tuned in an environment with these sources."""
         current = self._source_hash(operator)
         answered: set[str] = set()
@@ -240,7 +250,7 @@ class TunedTable:
                     row.entry.best.algorithm,
                     canonical(row.entry.best.config),
                 ]
-                for row in self._effective(operator, env)
+                for row in self.effective(operator, env)
             )
             if winners or env == self.environment:
                 rows.append([env.hash, winners])

@@ -13,6 +13,7 @@ import atexit
 import functools
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -173,7 +174,8 @@ settings.watch(
 def choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice:
     """Lookup at a call, tuning first when ``settings.autotune == "tune"`` allows it.
 
-    The same three objects again cost one dictionary lookup.
+    The same three objects again cost one dictionary lookup. A choice that is not ``final`` must
+    not be kept: tuning had to wait.
 
     Raises:
         NotTunedError: ``settings.require_tuned`` is set and the call has no exact or bucketed
@@ -211,7 +213,21 @@ def _choose(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice
     if final:
         _remember(known, call, choice)
         _remember(seen, (id(operator), id(problem), id(device)), (choice, call))
-    return choice
+        return choice
+    return replace(choice, final=False)
+
+
+_replaced: dict[tuple[Problem, Choice], Choice] = {}
+
+
+def note_replaced(problem: Problem, choice: Choice, by: Choice) -> None:
+    """Remember that a choice could not run here, and what ran in its place."""
+    _remember(_replaced, (problem, choice), by)
+
+
+def served_by(problem: Problem, choice: Choice) -> Choice:
+    """What runs where this is chosen: the choice, unless it was found not to fit."""
+    return _replaced.get((problem, choice), choice)
 
 
 def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
@@ -289,10 +305,12 @@ __all__ = [
     "missed_problems",
     "newest",
     "note",
+    "note_replaced",
     "packaged_directory",
     "problem_key",
     "read_entry",
     "recording",
+    "served_by",
     "tuned_table",
     "user_directory",
 ]
