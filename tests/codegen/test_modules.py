@@ -39,13 +39,45 @@ def test_traceback_shows_the_source(cache):
     assert not list(cache.glob("**/*.pyc"))
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
-@pytest.mark.parametrize("which", ["cache", "generated"])
+@pytest.mark.parametrize(
+    ("which", "mode"),
+    [
+        ("cache", 0o702),
+        ("cache", 0o777),
+        ("generated", 0o770),
+        ("generated", 0o702),
+        ("generated", 0o777),
+    ],
+)
 def test_a_directory_others_can_write_is_refused(cache, which, mode):
     modules.directory()
     (cache if which == "generated" else cache.parent).chmod(mode)
     with pytest.raises(CacheSecurityError, match=r"others can write.*TRITONCONV_CACHE_DIR"):
         modules.write(SOURCE)
+
+
+def test_a_cache_directory_of_a_team_holds_a_private_one(cache):
+    cache.parent.mkdir()
+    cache.parent.chmod(0o2775)
+    assert modules.load(modules.write(SOURCE)).f.__name__ == "f"
+    assert stat.S_IMODE(cache.stat().st_mode) & 0o777 == 0o700
+    # A colleague may put another directory in its place: it is not ours, or not private.
+    cache.rename(cache.with_name("away"))
+    cache.mkdir()
+    cache.chmod(0o775)
+    with pytest.raises(CacheSecurityError, match="others can write"):
+        modules.write(SOURCE)
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022])
+def test_the_cache_directory_follows_the_umask(cache, umask):
+    before = os.umask(umask)
+    try:
+        modules.write(SOURCE)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(cache.parent.stat().st_mode) == 0o777 & ~umask
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
 
 
 def test_a_directory_of_somebody_else_is_refused(cache, monkeypatch):

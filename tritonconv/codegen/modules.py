@@ -2,7 +2,9 @@
 
 A module is a file named by the sha256 of its content, so that tracebacks, debuggers and profilers
 show real source. The directory must belong to the user and be writable by nobody else; a file is
-read once, compared with its name, and exactly those bytes are executed.
+read once, compared with its name, and exactly those bytes are executed. The cache directory around
+it may be a group's: a member could put another directory in the place of the private one, which is
+then refused, and whatever is in it, only bytes of the right hash are executed.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from ..runtime.errors import TritonConvError
+from ..runtime.files import make_folder
 from ..runtime.settings import settings
 
 
@@ -37,25 +40,29 @@ def directory() -> Path:
     """The directory of generated modules, made with mode 0700 when it is missing.
 
     Raises:
-        CacheSecurityError: The directory, or the cache directory it is in, is a symbolic link,
-            belongs to another user, or can be written by others.
+        CacheSecurityError: The directory or the cache directory it is in belongs to another user
+            or can be written by others (the cache directory: by more than its group), or the
+            directory is a symbolic link.
     """
     parent = Path(settings.cache_dir)
     target = parent / "generated"
     try:
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(parent)  # the user's umask says who may read the tuned entries in it
         target.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise CacheSecurityError(
             f"cannot make the directory of generated modules {target}: {error}. "
             "Point TRITONCONV_CACHE_DIR to a directory that you can write"
         ) from error
-    _check_private(parent, follow=True)
+    _check_private(parent, follow=True, writable=stat.S_IWOTH)
     _check_private(target, follow=False)
     return target
 
 
-def _check_private(path: Path, *, follow: bool) -> None:
+def _check_private(
+    path: Path, *, follow: bool, writable: int = stat.S_IWGRP | stat.S_IWOTH
+) -> None:
+    """Refuse a directory that is not the user's or has one of the bits ``writable``."""
     status = path.stat() if follow else path.lstat()
     problem = None
     if not stat.S_ISDIR(status.st_mode):
@@ -63,13 +70,14 @@ def _check_private(path: Path, *, follow: bool) -> None:
     elif hasattr(os, "getuid"):
         if status.st_uid != os.getuid():
             problem = f"it belongs to user {status.st_uid}, not to you ({os.getuid()})"
-        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        elif status.st_mode & writable:
             problem = f"others can write to it (mode {stat.S_IMODE(status.st_mode):04o})"
     if problem:
         raise CacheSecurityError(
             f"{path} is refused as a directory of generated code: {problem}. "
-            "Expected a directory of yours with mode 0700; chmod 700 it, or set "
-            "TRITONCONV_CACHE_DIR to another place"
+            "Expected a directory of yours that others cannot write; chmod go-w it, or set another "
+            "TRITONCONV_CACHE_DIR (a team's tuned entries can still be read through "
+            "TRITONCONV_CACHE_PATH)"
         )
 
 

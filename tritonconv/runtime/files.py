@@ -1,10 +1,14 @@
-"""Files that several processes write: private directories, a lock, atomic replacement."""
+"""Files that several processes write: a lock, atomic replacement.
+
+Who may read and write them is the user's choice: modes follow the umask (and default ACLs), which
+the system applies. Python cannot read the umask without changing it for all threads.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +21,8 @@ LOCK_NAME = ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 
 
-def make_private(folder: Path) -> None:
-    """Create a directory and its parents, readable by the user only."""
+def make_folder(folder: Path) -> None:
+    """Create a directory and its parents; their modes follow the umask."""
     missing = []
     step = folder
     while not step.exists():
@@ -26,7 +30,10 @@ def make_private(folder: Path) -> None:
         step = step.parent
     for path in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another process was faster
-            path.mkdir(mode=0o700)
+            path.mkdir()
+
+
+make_private = make_folder  # its name where entries are written
 
 
 @contextlib.contextmanager
@@ -38,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    descriptor = os.open(folder / LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(folder / LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
     try:
         # A file system without locks still gets atomic replacement.
         with contextlib.suppress(OSError):
@@ -50,7 +57,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, never a part."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=TEMPORARY_SUFFIX, dir=path.parent)
+    temporary = path.parent / f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
+    descriptor = os.open(temporary, flags, 0o666)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)

@@ -27,6 +27,8 @@ from .entries import (
 from .environment import Environment
 
 ENVIRONMENT_FILE = "environment.json"
+_SHARED = "shared "
+"""The names of sources from ``settings.cache_path`` begin so."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ def read_located(path: Path) -> Entry | None:
     return entry
 
 
+def _warn_of_missing(name: str, path: Path) -> None:
+    """Remark on a shared table that is not there; the user's need not be."""
+    if name.startswith(_SHARED) and not os.path.lexists(path):
+        warn_once(f"{path} of TRITONCONV_CACHE_PATH does not exist")
+
+
 class DirectorySource:
     """A table directory."""
 
@@ -128,10 +136,14 @@ class DirectorySource:
         found = self._names.get((env.hash, operator))
         if found is None:
             found = {}
+            names: list[str] = []
             try:
                 names = os.listdir(operator_folder(self.root, env, operator))
-            except OSError:
-                names = []
+            except FileNotFoundError:
+                _warn_of_missing(self.name, self.root)
+            except OSError as error:
+                reason = error.strerror or error  # one remark, not one for each folder
+                warn_once(f"tuned entries in {self.root} cannot be read and are ignored: {reason}")
             for name in sorted(names):
                 if name.endswith(".json") and not name.startswith("."):
                     found.setdefault(name.removesuffix(".json").partition("-")[0], []).append(name)
@@ -152,6 +164,7 @@ class BundleSource:
         if self._environments is not None:
             return self._environments
         self._environments = []
+        _warn_of_missing(self.name, self.path)
         for path in bundle_files(self.path):
             bundle = read_bundle(path)
             if bundle is None:
