@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import tritonconv as tc
 from tritonconv.runtime.aot import SHARED_MEMORY_LIMIT, TARGETS, parse_target
-from tritonconv.runtime.device import device_facts, nominal_device
+from tritonconv.runtime.device import _bandwidth_class, device_facts, nominal_device
 from tritonconv.runtime.operators import Config, get_operator, operator_names
 from tritonconv.runtime.tables import bucket, digest
 
@@ -40,6 +40,51 @@ def test_without_a_gpu_facts_are_nominal_under_the_name_that_is_set() -> None:
     with tc.settings.override(device_name="My GPU"):
         assert device_facts().name == "My GPU"
         assert device_facts().arch == "sm_90"
+
+
+@pytest.mark.parametrize(
+    ("name", "gbps"),
+    {
+        "NVIDIA GH200 480GB": 4000,
+        "NVIDIA H200": 4800,
+        "NVIDIA H200 NVL": 4800,
+        "NVIDIA H100 80GB HBM3": 3352,
+        "NVIDIA H100 PCIe": 2039,
+        "NVIDIA H100 NVL": 3938,
+        "NVIDIA GB200": 8000,
+        "NVIDIA B200": 8000,
+        "NVIDIA A100-SXM4-80GB": 2039,
+        "NVIDIA A100-SXM4-40GB": 1555,
+        "NVIDIA A100 80GB PCIe": 1935,
+        "NVIDIA A100-PCIE-40GB": 1555,
+        "NVIDIA L4": 300,
+        "NVIDIA L40": 864,
+        "NVIDIA L40S": 864,
+        "NVIDIA A10": 600,
+        "NVIDIA A10G": 600,
+        "NVIDIA GeForce RTX 4090": 1008,
+        "AMD Instinct MI300X OAM": 5325,
+        "NVIDIA A1000": 1000,
+        "My GPU": 1000,
+    }.items(),
+)
+def test_bandwidth_class_of_a_name(name: str, gbps: int) -> None:
+    assert _bandwidth_class(name) == gbps
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_nominal_bandwidths_are_those_of_the_names(target: str) -> None:
+    facts = nominal_device(target)
+    assert _bandwidth_class(facts.name) == facts.memory_gbps
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device")
+def test_another_name_brings_its_bandwidth_and_is_one_object() -> None:
+    with tc.settings.override(device_name="NVIDIA H200"):
+        assert device_facts().memory_gbps == 4800
+        assert device_facts() is device_facts()
+    with tc.settings.override(device_name="My GPU"):  # the board's own, where none is known
+        assert device_facts().memory_gbps == nominal_device("sm_90").memory_gbps
 
 
 @dataclass(frozen=True)

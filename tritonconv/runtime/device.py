@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class DeviceFacts:
         sm_count: multiprocessors (compute units).
         l2_bytes: L2 cache, bytes.
         shared_bytes: shared memory one block may use, bytes.
-        memory_gbps: memory bandwidth class, GB/s: the datasheet figure of the board's family.
+        memory_gbps: memory bandwidth class, GB/s: the datasheet figure of the board that ``name``
+            names.
     """
 
     name: str
@@ -38,20 +40,23 @@ class DeviceFacts:
         return asdict(self)
 
 
-# Datasheet bandwidths, GB/s, by a part of the device name; first match wins.
+# Datasheet bandwidths, GB/s, by whole words of the device name; first match wins.
 _BANDWIDTH_CLASS: tuple[tuple[str, int], ...] = (
+    ("GB200", 8000),
+    ("B200", 8000),
+    ("B100", 8000),
+    ("GH200", 4000),
     ("H200", 4800),
     ("H100 PCIe", 2039),
     ("H100 NVL", 3938),
     ("H100", 3352),
-    ("GH200", 4000),
-    ("B200", 8000),
-    ("B100", 8000),
-    ("A100-SXM4-80", 2039),
-    ("A100 80", 1935),
+    ("A100-SXM4-80GB", 2039),
+    ("A100 80GB", 1935),
     ("A100", 1555),
     ("L40S", 864),
+    ("L40", 864),
     ("L4", 300),
+    ("A10G", 600),
     ("A10", 600),
     ("RTX 5090", 1792),
     ("RTX 4090", 1008),
@@ -83,8 +88,15 @@ def nominal_device(target: str) -> DeviceFacts:
     return _NOMINAL[target]
 
 
-def _bandwidth_class(name: str) -> int:
-    return next((rate for part, rate in _BANDWIDTH_CLASS if part in name), _UNKNOWN_BANDWIDTH)
+def _bandwidth_class(name: str, unknown: int = _UNKNOWN_BANDWIDTH) -> int:
+    found = (rate for words, rate in _BANDWIDTH_CLASS if re.search(rf"\b{words}\b", name))
+    return next(found, unknown)
+
+
+@functools.cache
+def _renamed(facts: DeviceFacts, name: str) -> DeviceFacts:
+    """Facts under another name: one object, as lookups remember devices by identity."""
+    return replace(facts, name=name, memory_gbps=_bandwidth_class(name, facts.memory_gbps))
 
 
 @functools.cache
@@ -117,5 +129,5 @@ def device_facts(device: torch.device | int | None = None) -> DeviceFacts:
         index = device if isinstance(device, int) else device.index if device is not None else None
         facts = _cuda_facts(torch.cuda.current_device() if index is None else index)
     if settings.device_name is not None:
-        return DeviceFacts(**{**facts.as_dict(), "name": settings.device_name})
+        return _renamed(facts, settings.device_name)
     return facts
