@@ -8,6 +8,7 @@ import torch
 
 import tritonconv as tc
 from tritonconv.runtime.backend import uses_triton
+from tritonconv.runtime.errors import ArgumentValueError
 from tritonconv.runtime.settings import TABLE, Settings
 
 CPU = torch.device("cpu")
@@ -65,6 +66,54 @@ def test_bad_values_name_the_setting(
     monkeypatch.setenv(row.env, "perhaps")
     with pytest.raises(ValueError, match=rf"{row.env}: expected .*, got 'perhaps'"):
         getattr(fresh, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("autotune", 3),
+        ("autotune", None),
+        ("backend", True),
+        ("fast_launch", 2),
+        ("fast_launch", None),
+        ("deterministic", [1]),
+        ("cache_dir", 3),
+        ("cache_dir", None),
+        ("cache_path", 3),
+        ("cache_path", None),
+        ("cache_path", b"/x"),
+        ("cache_path", ["/x", 3]),
+        ("device_name", 3),
+    ],
+)
+def test_bad_values_of_other_types_name_the_setting(
+    name: str, value: object, fresh: Settings
+) -> None:
+    with pytest.raises(ArgumentValueError, match=rf"settings\.{name}: expected .*, got "):
+        setattr(fresh, name, value)
+    assert getattr(fresh, name) == next(row for row in TABLE if row.name == name).default
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "normal"),
+    [
+        ("cache_path", ["/x"], (Path("/x"),)),
+        ("cache_path", Path("/x"), (Path("/x"),)),
+        ("cache_path", (Path("~/x"), "/y:z"), (Path.home() / "x", Path("/y:z"))),
+        ("cache_path", iter(["/x"]), (Path("/x"),)),
+        ("cache_path", [], ()),
+        ("cache_dir", Path("~/x"), Path.home() / "x"),
+        ("fast_launch", 0, False),
+        ("atomics", True, True),
+        ("device_name", None, None),
+        ("device_name", "", None),
+    ],
+)
+def test_values_of_other_types_are_normalised(
+    name: str, value: object, normal: object, fresh: Settings
+) -> None:
+    setattr(fresh, name, value)
+    assert getattr(fresh, name) == normal and type(getattr(fresh, name)) is type(normal)
 
 
 def test_unknown_names(fresh: Settings) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 from .errors import bad_value
 
 
-def _flag(text: str) -> bool:
-    lowered = text.strip().lower()
+def _flag(value: object) -> bool:
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    lowered = value.strip().lower() if isinstance(value, str) else None
     if lowered in ("1", "true", "yes", "on"):
         return True
     if lowered in ("", "0", "false", "no", "off"):
@@ -24,17 +26,35 @@ def _flag(text: str) -> bool:
     raise ValueError("1 or 0")
 
 
-def _choice(*allowed: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in allowed:
+def _choice(*allowed: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or value not in allowed:
             raise ValueError(" | ".join(allowed))
-        return text
+        return value
 
     return parse
 
 
-def _paths(text: str) -> tuple[Path, ...]:
-    return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
+def _path(value: object) -> Path:
+    if not isinstance(value, (str, Path)):
+        raise ValueError("a path")
+    return Path(value).expanduser()
+
+
+def _paths(value: object) -> tuple[Path, ...]:
+    if isinstance(value, str):
+        value = [part for part in value.split(os.pathsep) if part]
+    elif isinstance(value, Path):
+        value = [value]
+    if not isinstance(value, Iterable) or isinstance(value, bytes):
+        raise ValueError("a path or several")
+    return tuple(map(_path, value))
+
+
+def _name(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError("a name or None")
+    return value or None
 
 
 def _user_cache() -> Path:
@@ -45,13 +65,21 @@ def _user_cache() -> Path:
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the settings table."""
+    """One row of the settings table.
+
+    Attributes:
+        name, env: in Python and in the environment.
+        meaning: one line of the documentation.
+        default: the value where nothing is set.
+        parse: the value that the text of a variable, or what Python code assigns, means; raises
+            ValueError, saying what was expected.
+    """
 
     name: str
     env: str
     meaning: str
     default: Any
-    parse: Callable[[str], Any]
+    parse: Callable[[object], Any]
 
 
 TABLE: tuple[Setting, ...] = (
@@ -74,7 +102,7 @@ TABLE: tuple[Setting, ...] = (
         "TRITONCONV_CACHE_DIR",
         "writable directory for generated modules and tuned entries",
         _user_cache(),
-        lambda text: Path(text).expanduser(),
+        _path,
     ),
     Setting(
         "cache_path",
@@ -102,7 +130,7 @@ TABLE: tuple[Setting, ...] = (
         "TRITONCONV_DEVICE_NAME",
         "look tuned entries up under this device name instead of the GPU's own",
         None,
-        lambda text: text or None,
+        _name,
     ),
     Setting(
         "require_tuned",
@@ -163,12 +191,10 @@ class Settings:
         row = self._rows.get(name)
         if row is None:
             raise AttributeError(f"no setting {name!r}; there are {', '.join(self._rows)}")
-        if isinstance(value, str):
-            try:
-                value = row.parse(value)
-            except ValueError as error:
-                raise bad_value(f"settings.{name}", str(error), repr(value)) from None
-        self.__dict__[name] = value
+        try:
+            self.__dict__[name] = row.parse(value)
+        except ValueError as error:
+            raise bad_value(f"settings.{name}", str(error), repr(value)) from None
         self._notify((name,))
 
     def watch(self, names: tuple[str, ...], callback: Callable[[], None]) -> None:
