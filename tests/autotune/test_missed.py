@@ -28,6 +28,9 @@ def test_misses_are_saved_merged_loaded_and_cleared(cache: Path, scale: Scale) -
     assert missed.load(ENV) == []
     missed.save(ENV, [(scale, ScaleProblem(n)) for n in (1, 2)])
     missed.save(ENV, [(scale, ScaleProblem(n)) for n in (2, 3)])
+    missed.save(ENV, [(scale, ScaleProblem(1))])
+    assert missed.load(ENV) == [(scale, ScaleProblem(n)) for n in (2, 3, 1)]
+    missed.save(ENV, [(scale, ScaleProblem(n)) for n in (2, 3)])
     assert missed.load(ENV) == [(scale, ScaleProblem(n)) for n in (1, 2, 3)]
     value = json.loads(missed.path(ENV).read_text())
     assert missed.path(ENV) == cache / "missed" / f"{ENV.hash}.json"
@@ -52,6 +55,8 @@ def test_no_more_than_the_limit_is_kept(
     assert len(missed.noted()) == 10
     missed.save(ENV, [(scale, ScaleProblem(n)) for n in range(1, 30)])
     assert sizes(missed.load(ENV)) == list(range(20, 30))
+    missed.save(ENV, [(scale, ScaleProblem(n)) for n in (20, 77)])  # met again: 20 is new
+    assert sizes(missed.load(ENV)) == [*range(22, 30), 20, 77]
 
 
 def test_what_is_not_known_here_is_left_out_with_a_warning(cache: Path, scale: Scale) -> None:

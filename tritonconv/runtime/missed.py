@@ -14,7 +14,7 @@ from typing import Any
 
 from .entries import SCHEMA_VERSION, canonical, warn_once
 from .environment import Environment
-from .files import locked, make_private, replace_text
+from .files import locked, make_folder, replace_text
 from .operators import Field, Operator, Problem, get_operator, operator_names
 from .settings import settings
 
@@ -83,7 +83,9 @@ def save(env: Environment, pairs: Iterable[tuple[Operator, Problem]]) -> Path:
     def add(known: dict[_Key, Mapping[str, Field]]) -> dict[_Key, Mapping[str, Field]]:
         for operator, problem in pairs:
             fields = problem.fields()
-            known[operator.name, canonical(fields)] = fields
+            key = (operator.name, canonical(fields))
+            known.pop(key, None)  # met again: it is among the newest
+            known[key] = fields
         return known
 
     return _update(env, add)
@@ -102,7 +104,7 @@ def clear(env: Environment, pairs: Iterable[tuple[Operator, Problem]] | None = N
 
 def _update(env: Environment, change: Any) -> Path:
     target = path(env)
-    make_private(target.parent)
+    make_folder(target.parent)
     with locked(target.parent):
         known = change(_read(target))
         rows = [
