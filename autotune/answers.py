@@ -36,10 +36,9 @@ def answers(operators: Sequence[Operator], device: DeviceFacts) -> dict[str, str
     table = tuned_table(device)
     found: dict[str, str] = {}
     for operator in operators:
-        current = operator.source_hash()
-        for entry in readable(table, operator.name):
-            if entry.source_hash == current:
-                found.setdefault(in_words(entry), describe(entry.best.algorithm, entry.best.config))
+        for located in table.effective(operator, table.environment):
+            best = located.entry.best
+            found[in_words(located.entry)] = describe(best.algorithm, best.config)
     return found
 
 

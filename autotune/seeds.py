@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from tritonconv.runtime.operators import Field
+from tritonconv.runtime.sources import operator_folder, read_located
 from tritonconv.runtime.tables import Environment
 
 from .space import CandidateKey
 from .store import Store, trial_key
 
 _MOST = 8
+_LIMIT = 16384
+_Parsed = tuple[Mapping[str, Field], CandidateKey]
+_parsed: dict[tuple[Path, int, int], _Parsed | None] = {}
+"""Problem and winner of a file by path, time and size; None when it is no entry."""
+
+
+def _winner(path: Path) -> _Parsed | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    key = (path, status.st_mtime_ns, status.st_size)
+    if key not in _parsed:
+        if len(_parsed) >= _LIMIT:
+            _parsed.clear()
+        entry = read_located(path)
+        _parsed[key] = None if entry is None else (entry.problem, trial_key(entry.best))
+    return _parsed.get(key)
 
 
 def nearest_winners(
@@ -22,8 +42,11 @@ def nearest_winners(
     Problems are ranked by the number of differing strings, then by log distance of their sizes.
     """
     rows = []
-    for stored in store.entries(env, operator):
-        other = stored.entry.problem
+    for path in sorted(operator_folder(store.root, env, operator).glob("*.json")):
+        parsed = _winner(path)
+        if parsed is None:
+            continue
+        other, winner = parsed
         differing, distance = 0, 0.0
         for name in fields.keys() | other.keys():
             mine, theirs = fields.get(name), other.get(name)
@@ -31,6 +54,6 @@ def nearest_winners(
                 distance += (math.log2(max(mine, 1)) - math.log2(max(theirs, 1))) ** 2
             elif mine != theirs:
                 differing += 1
-        rows.append((differing, distance, stored.path.name, trial_key(stored.entry.best)))
+        rows.append((differing, distance, path.name, winner))
     rows.sort(key=lambda row: row[:3])
     return tuple(dict.fromkeys(key for *_, key in rows))[:_MOST]
