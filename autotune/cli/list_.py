@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
+from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.operators import get_operator, operator_names
 
+from ..bundle import is_stale
 from ..harvest import model_names
 from ..store import Store
 from ..suites import load_suite, suite_names
@@ -18,7 +21,6 @@ from .common import (
     NoColorOption,
     QuietOption,
     VerboseOption,
-    expand_operators,
     number,
     setup,
     table,
@@ -45,10 +47,12 @@ def list_(
         out.result({"models": model_rows}, known)
         out.say("any other: module:callable, or timm:NAME where timm is installed")
         return
-    names = expand_operators([op]) if op else operator_names()
+    everything = list(Store().entries())
+    names = _named(op, [item.entry.operator for item in everything])
     operators = [
         {"name": name, "algorithms": [a.name for a in get_operator(name).algorithms]}
         for name in names
+        if name in operator_names()
     ]
     suites = [
         {
@@ -60,8 +64,7 @@ def list_(
         }
         for suite in map(load_suite, suite_names())
     ]
-    stored = [s for s in Store().entries() if not op or s.entry.operator in names]
-    sources = {name: get_operator(name).source_hash() for name in operator_names()}
+    stored = [item for item in everything if item.entry.operator in names]
     entries = []
     for item in stored:
         entry = item.entry
@@ -73,7 +76,7 @@ def list_(
                 "problem": dict(entry.problem),
                 "best": {"algorithm": entry.best.algorithm, "config": dict(entry.best.config)},
                 "p50_us": None if best is None else best.p50,
-                "stale": sources.get(entry.operator) != entry.source_hash,
+                "stale": is_stale(entry),
                 "created": entry.recorded.get("created"),
                 "path": str(item.path),
             }
@@ -88,8 +91,8 @@ def list_(
             **payload,
         }
         shown = table("operator", "algorithms, in the order in which ties are broken")
-        for name in names:
-            shown.add_row(name, ", ".join(a.name for a in get_operator(name).algorithms))
+        for row in operators:
+            shown.add_row(str(row["name"]), ", ".join(row["algorithms"]))
         listed = table("suite", "problems>", "description", "operators")
         for suite in map(load_suite, suite_names()):
             listed.add_row(
@@ -112,3 +115,17 @@ def list_(
     out.result(payload, *rendered)
     if not entries:
         out.say(f"no tuned entries in {Store().root}")
+
+
+def _named(op: str | None, stored: Iterable[str]) -> tuple[str, ...]:
+    """Registered operators, and those of stored entries, that ``--op`` means.
+
+    Decorated kernels are registered in the programs that have them, not here.
+    """
+    known = tuple(dict.fromkeys((*operator_names(), *sorted(stored))))
+    if op is None:
+        return known
+    found = (op,) if op in known else tuple(n for n in known if n.startswith(f"{op}."))
+    if not found:
+        raise bad_value("operator", " | ".join(known), repr(op))
+    return found

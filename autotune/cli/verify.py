@@ -43,7 +43,7 @@ def verify(
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the tensors.")] = 0,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 7 when some could not be checked.")
+        bool, typer.Option("--strict", help="Exit with 7 when some were not checked.")
     ] = False,
     json_: JsonOption = False,
     cache_dir: CacheDirOption = None,
@@ -58,13 +58,13 @@ def verify(
     env = environment(lab.facts)
     if tables:
         bundles = [bundle for path in tables for bundle in load_tables(path)]
-        entries = [e for b in bundles if dict(b.environment) == env.as_dict() for e in b.entries]
-        elsewhere = sum(len(b.entries) for b in bundles) - len(entries)
-        if elsewhere:
-            out.say(f"{elsewhere} entries of other devices or versions are left out")
+        asked = [(b, e) for b in bundles for e in b.entries if not op or e.operator in names]
+        entries = [e for b, e in asked if dict(b.environment) == env.as_dict()]
+        left_out = len(asked) - len(entries)
+        if left_out:
+            out.say(f"{left_out} entries of other devices or versions are left out")
     else:
-        entries = _served(lab.facts, names)
-    entries = [entry for entry in entries if not op or entry.operator in names]
+        entries, left_out = _served(lab.facts, names), 0
     if quick:
         entries = one_per_kernel(entries)
     count = 0
@@ -86,13 +86,17 @@ def verify(
     payload = {
         "device": lab.facts.as_dict(),
         "counts": counts,
+        "left_out": left_out,
         "results": [_result_json(row) for row in results],
     }
     out.result(payload, *([shown] if shown.row_count else []), summary)
     if counts[Standing.WRONG]:
         out.say("wrong entries stay in use until they are tuned again: `autotune tune --force`")
         raise typer.Exit(ExitCode.NUMERIC)
-    if strict and counts[Standing.SKIPPED]:
+    if not counts[Standing.PASSED]:
+        out.say("nothing was checked")
+        raise typer.Exit(ExitCode.NOTHING_PASSED)
+    if strict and (left_out or counts[Standing.SKIPPED]):
         raise typer.Exit(ExitCode.PARTIAL)
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from autotune_entries import ENV, winner
 from autotune_fakes import PlaybackLab, Scale, ScaleProblem, Wrong, table_of
 from torch import nn
 from typer.testing import CliRunner
 
 from tritonconv.autotune.cli import app
 from tritonconv.autotune.laboratory import Setup
+from tritonconv.autotune.store import Store
 from tritonconv.autotune.tune import TuningStoppedError, tune
 from tritonconv.runtime import tables
 from tritonconv.runtime.device import nominal_device
@@ -73,6 +75,22 @@ def test_list_shows_operators_suites_and_entries(cache: Path, scale: Scale) -> N
     value = as_json(cache, "list", "--cached", "--op", scale.name)
     assert [entry["problem"]["size"] for entry in value["entries"]] == [64]
     assert "fake.scale" in invoke(cache, "list").stdout
+
+
+def test_list_knows_stored_operators_that_are_not_registered(cache: Path, scale: Scale) -> None:
+    Store().save(ENV, winner(1, operator="kernel.mine.twice"))
+    Store().save(ENV, winner(1, source="source-0"))
+    rows = as_json(cache, "list", "--cached")["entries"]
+    assert {row["operator"]: row["stale"] for row in rows} == {
+        "fake.scale": True,
+        "kernel.mine.twice": False,
+    }
+    for name in ("kernel.mine.twice", "kernel.mine", "kernel"):
+        value = as_json(cache, "list", "--op", name)
+        assert [row["operator"] for row in value["entries"]] == ["kernel.mine.twice"]
+        assert value["operators"] == []
+    result = invoke(cache, "list", "--op", "kernel.yours", code=2)
+    assert "kernel.mine.twice" in result.stderr
 
 
 @no_gpu

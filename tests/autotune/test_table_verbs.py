@@ -123,7 +123,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> PlaybackLab:
 def test_verify_and_its_exit_codes(
     cache: Path, tmp_path: Path, scale: Scale, lab: PlaybackLab
 ) -> None:
-    assert as_json(cache, "verify")["results"] == []
+    assert as_json(cache, "verify", code=3)["results"] == []
     Store().save(ENV, winner(1))
     Store().save(ENV, winner(1, size=8))
     value = as_json(cache, "verify", "--op", "fake")
@@ -146,7 +146,15 @@ def test_verify_and_its_exit_codes(
     path = save(tmp_path / "b.json", winner(1))
     other = save(tmp_path / "c.json", winner(1, env=SISTER), env=SISTER)
     value = as_json(cache, "verify", path, other)
-    assert value["counts"]["passed"] == 1
+    assert value["counts"]["passed"] == 1 and value["left_out"] == 1
+    assert as_json(cache, "verify", path, other, "--strict", code=7)["left_out"] == 1
+    assert as_json(cache, "verify", path, "--strict")["left_out"] == 0
+    value = as_json(cache, "verify", other, code=3)  # nothing was checked
+    assert value["left_out"] == 1 and value["results"] == []
+    skipped = save(tmp_path / "d.json", winner(2, source="source-0"))
+    assert as_json(cache, "verify", skipped, "--strict", code=3)["counts"]["skipped"] == 1
+    value = as_json(cache, "verify", path, other, "--op", "conv2d.forward", code=3)
+    assert value["left_out"] == 0  # of other operators
 
 
 def _wrong() -> tuple[Any, ...]:
