@@ -22,7 +22,7 @@ from tritonconv.runtime.entries import (
 )
 from tritonconv.runtime.environment import Environment
 from tritonconv.runtime.errors import bad_value
-from tritonconv.runtime.files import make_private, replace_text
+from tritonconv.runtime.files import make_folder, replace_text
 from tritonconv.runtime.operators import Operator, get_operator, operator_names
 
 from .store import Store, best_us
@@ -121,7 +121,7 @@ def _bundle(environment: object, entries: Iterable[Entry]) -> Bundle:
 def write(bundle: Bundle, path: Path) -> None:
     """Write a bundle, replacing the file atomically."""
     if not path.parent.exists():
-        make_private(path.parent)
+        make_folder(path.parent)
     replace_text(path, bundle.to_text())
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tritonconv.runtime.entries import SCHEMA_VERSION, Entry, Trial, entry_key, problem_key
 from tritonconv.runtime.environment import Environment
-from tritonconv.runtime.files import locked, make_private, replace_text
+from tritonconv.runtime.files import locked, make_folder, replace_text
 from tritonconv.runtime.operators import Field
 from tritonconv.runtime.sources import ENVIRONMENT_FILE, entry_path, read_located
 from tritonconv.runtime.tables import user_directory
@@ -160,7 +160,7 @@ class Store:
         """Keep trials that have no winner yet, where no lookup finds them."""
         path = self._partial(environment, entry)
         self._prepare(environment, entry)
-        make_private(path.parent)
+        make_folder(path.parent)
         self._write(path, entry)
 
     def load_partial(self, environment: Environment, entry: Entry) -> Entry | None:
@@ -177,7 +177,7 @@ class Store:
     def _prepare(self, environment: Environment, entry: Entry) -> Path:
         """Make the folder of an entry and describe its environment there."""
         path = self.path(environment, entry.operator, entry.key())
-        make_private(path.parent)
+        make_folder(path.parent)
         described = path.parent.parent / ENVIRONMENT_FILE
         if not described.exists():
             value = {"schema_version": SCHEMA_VERSION, **environment.as_dict()}

@@ -33,7 +33,6 @@ def make_folder(folder: Path) -> None:
             path.mkdir()
 
 
-make_private = make_folder  # its name where entries are written
 
 
 @contextlib.contextmanager
