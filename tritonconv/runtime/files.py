@@ -33,8 +33,6 @@ def make_folder(folder: Path) -> None:
             path.mkdir()
 
 
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Take turns with other writers of a directory; the system frees the lock of a dead one.
