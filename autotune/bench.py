@@ -15,12 +15,9 @@ from tritonconv.runtime.tables import Tier, Timing, default_choice, tuned_table
 
 from .measure import CandidateError, CudaLab, Lab, Policy, Timer, take_turns
 from .roofline import floor_us
-from .space import Candidate
+from .space import PYTORCH_ALGORITHM, Candidate
 
 TUNED, DEFAULT, TORCH = "tuned", "default", "torch"
-
-PYTORCH_ALGORITHM = "aten"
-"""What every family calls its algorithm that runs PyTorch's own kernel."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from tritonconv.runtime.tables import digest
 
 from .hardware import Model, limits
 
+PYTORCH_ALGORITHM = "aten"
+"""What every family calls its algorithm that runs PyTorch's own kernel."""
+
 
 @dataclass(frozen=True)
 class Candidate:

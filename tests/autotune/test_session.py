@@ -151,3 +151,23 @@ def test_checking_all_checks_what_only_finalists_had(cache: Path) -> None:
     if unchecked:
         assert report.result is Result.TUNED
     assert all(t.timing is None or t.max_error is not None for t in report.entry.trials)
+
+
+def test_a_busy_moment_does_not_cost_pytorch_its_place_in_the_final(cache: Path) -> None:
+    """Its first timing is ten times too long; timed in turns it is the fastest."""
+    looks: dict[str, int] = {}
+
+    def times(candidate: Candidate) -> float:
+        looks[candidate.algorithm] = looks.get(candidate.algorithm, 0) + 1
+        if candidate.algorithm == "aten":
+            return 400.0 if looks["aten"] <= 2 else 5.0
+        return 10.0 + candidate.config.as_dict()["variant"]
+
+    (report,) = tune(Scale(Many(), Aten()), [PROBLEM], lab=PlaybackLab(times))
+    assert report.entry is not None and report.entry.best.algorithm == "aten"
+
+
+class Many(Fine):
+    """More configs than there are finalists."""
+
+    variants = 20
