@@ -26,6 +26,7 @@ os.environ.pop("TRITONCONV_CACHE_PATH", None)
 
 import triton
 
+from tritonconv.runtime import tables
 from tritonconv.runtime.compat import interpreting
 from tritonconv.runtime.settings import settings
 
@@ -91,6 +92,13 @@ def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with settings.override(backend="torch"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_packaged_tables(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test runs must not change with the tables that are shipped."""
+    if "packaged" not in request.node.path.name:
+        monkeypatch.setattr(tables, "packaged_directory", lambda: None)
 
 
 @pytest.fixture
