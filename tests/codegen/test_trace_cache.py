@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import time
 import weakref
 
 import torch
@@ -243,3 +244,23 @@ def test_plain_functions_are_walked_once(monkeypatch):
     fn = make(2.0, torch.ones(2))
     Fingerprint().key_of(fn)
     assert walks.count(fn) == 1
+
+
+def test_a_graph_of_shared_objects_is_walked_once() -> None:
+    """Objects that all name each other: as a tree they would be walked for years."""
+
+    class Node:
+        def __init__(self) -> None:
+            self.links: tuple[Node, ...] = ()
+
+        def first(self, y: torch.Tensor) -> torch.Tensor:
+            return y * len(self.links)
+
+    nodes = [Node() for _ in range(40)]
+    for node in nodes:
+        node.links = tuple(nodes)
+    begin = time.perf_counter()
+    for _ in range(3):
+        f = trace(lambda x: nodes[0].first(x), X)
+    assert time.perf_counter() - begin < 20
+    assert f(torch.tensor(2.0)) == 80

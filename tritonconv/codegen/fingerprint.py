@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
+import sysconfig
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -49,15 +52,25 @@ _MAX_ROUNDS = 8
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made, not one of C
 
 
-def _of_torch(name: Any) -> bool:
-    return isinstance(name, str) and (name == "torch" or name.startswith("torch."))
+_FIXED = frozenset({"torch", "tritonconv", "triton", "numpy"})
+_LIBRARIES = tuple(
+    os.path.realpath(path) + os.sep
+    for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    if (path := sysconfig.get_paths().get(name))
+)
 
 
-def _classes(kind: type) -> Iterator[type]:
-    """A class and its bases, as far as users wrote them."""
-    for base in kind.__mro__[:-1]:
-        if base.__flags__ & _HEAP_TYPE and not _of_torch(base.__module__):
-            yield base
+def _fixed(top: str) -> bool:
+    """Whether a top-level package is one whose functions are never the user's own."""
+    return top in _FIXED or top in sys.stdlib_module_names
+
+
+@functools.cache
+def _installed(name: str) -> bool:
+    """Whether a module belongs to Python or to a library: what it does, it goes on doing."""
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    return file is not None and os.path.realpath(file).startswith(_LIBRARIES)
 
 
 class Fingerprint:
@@ -69,7 +82,8 @@ class Fingerprint:
 
     def __init__(self) -> None:
         self.objects: list[Any] = []
-        self._open: set[int] = set()
+        self._met: dict[int, int] = {}
+        self._home = ""
         self._names: set[str] = set()
         self._names_at_first_look: int | None = None
 
@@ -79,8 +93,11 @@ class Fingerprint:
         An object may be met before the function that names its attribute, so the walk is repeated
         until no name is new. Where no object has attributes, one walk is enough.
         """
+        module = getattr(unwrap(fn), "__module__", None)
+        self._home = module.partition(".")[0] if isinstance(module, str) else ""
         for _ in range(_MAX_ROUNDS):
             self.objects.clear()
+            self._met.clear()
             self._names_at_first_look = None
             key = self.of(fn)
             if self._names_at_first_look in (None, len(self._names)):
@@ -109,10 +126,32 @@ class Fingerprint:
             return (id(x),)
         return (id(x), *self._attributes(x))
 
+    def _again(self, x: Any) -> bool:
+        """Whether an object was met before in this walk: what it holds is in the key already.
+
+        Without this a graph of objects that share others would be walked as a tree.
+        """
+        known = id(x) in self._met
+        self._met.setdefault(id(x), len(self._met))
+        return known
+
+    def _opaque(self, name: Any) -> bool:
+        """Whether the insides of a module are none of the key's business."""
+        if not isinstance(name, str):
+            return False
+        top = name.partition(".")[0]
+        return _fixed(top) or (top != self._home and _installed(name))
+
+    def _classes(self, kind: type) -> Iterator[type]:
+        """A class and its bases, as far as users wrote them."""
+        for base in kind.__mro__[:-1]:
+            if base.__flags__ & _HEAP_TYPE and not self._opaque(base.__module__):
+                yield base
+
     def _attributes(self, x: Any) -> Iterator[Any]:
-        if id(x) in self._open:
+        if self._again(x):
             return
-        if isinstance(x, types.ModuleType) and x.__name__.split(".")[0] in ("torch", "math"):
+        if isinstance(x, types.ModuleType) and self._opaque(x.__name__):
             return
         plain = unwrap(x)
         if isinstance(plain, types.FunctionType):
@@ -121,14 +160,12 @@ class Fingerprint:
         spaces = [getattr(x, "__dict__", {})]
         if isinstance(x, torch.nn.Module):
             spaces += [x._parameters, x._buffers, x._modules]
-        spaces += map(vars, _classes(type(x)))
+        spaces += map(vars, self._classes(type(x)))
         if isinstance(x, type):
-            spaces += map(vars, _classes(x))
-        self._open.add(id(x))
+            spaces += map(vars, self._classes(x))
         for space in spaces:
             for name in sorted(self._names.intersection(space)):
                 yield name, self._member(x, space[name])
-        self._open.discard(id(x))
 
     def _look(self) -> None:
         if self._names_at_first_look is None:
@@ -149,13 +186,12 @@ class Fingerprint:
 
     def function(self, fn: types.FunctionType) -> Any:
         """The part of the key that stands for a function and all that it reads."""
-        if id(fn) in self._open:
-            return "recursion"
-        self._open.add(id(fn))
+        if self._again(fn):
+            return ("met", self._met[id(fn)])  # by order: a new lambda has another identity
         code, scope = fn.__code__, fn.__globals__
         parts: list[Any] = [code]
-        of_torch = _of_torch(scope.get("__name__"))
-        if not of_torch:
+        opaque = self._opaque(scope.get("__name__"))
+        if not opaque:
             self._names.update(global_names(code))
         if fn.__closure__:
             for cell in fn.__closure__:
@@ -167,7 +203,7 @@ class Fingerprint:
             parts.append(self.of(fn.__defaults__))
         if fn.__kwdefaults__:
             parts.extend((k, self.of(v)) for k, v in fn.__kwdefaults__.items())
-        if not of_torch:  # PyTorch's own functions mean what they mean
+        if not opaque:  # functions of libraries mean what they mean
             for name in global_names(code):
                 if name in scope:
                     parts.append(self.of(scope[name]))
@@ -175,7 +211,6 @@ class Fingerprint:
             self._look()
             for name in sorted(self._names.intersection(fn.__dict__)):
                 parts.append((name, self.of(fn.__dict__[name])))
-        self._open.discard(id(fn))
         return tuple(parts)
 
 
