@@ -136,6 +136,7 @@ def main() -> None:
     done = do(value)
     json.dump({"seconds": done.seconds, "configs": done.configs, "results": done.results}, output)
     output.write("\n")
+    output.flush()  # at its end Python flushes what sys.stdout is by then
 
 
 def do(value: Mapping[str, Any]) -> Done:

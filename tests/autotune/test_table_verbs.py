@@ -66,7 +66,7 @@ def test_explain_names_the_tier_and_what_differs(cache: Path, scale: Scale) -> N
     assert [d["field"] for d in value["nearest"][0]["differences"]] in (["size"], ["triton"])
 
     text = invoke(cache, "explain", scale.name, "size=64").stdout
-    assert "exact" in text and "packaged" in text and "picky" in text
+    assert "exact" in text and "picky" in text
     text = invoke(cache, "explain", scale.name, "size=64", "--target", "sm_80").stdout
     assert "device.name" in text and "NVIDIA A100" in text
 
