@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -119,7 +120,7 @@ class Strategy(Protocol):
         ...
 
 
-class _Batches:
+class _Batches(ABC):
     """What all strategies share: batches, a limit, and no candidate twice."""
 
     def __init__(self, space: Space, limit: int) -> None:
@@ -143,9 +144,9 @@ class _Batches:
     def tell(self, outcomes: Sequence[tuple[Candidate, Outcome]]) -> None:
         self._batch = None
 
+    @abstractmethod
     def _propose(self) -> Iterable[Candidate]:
         """Candidates of the next batch; those asked for already are left out of it."""
-        raise NotImplementedError
 
     def _unasked(self) -> list[Candidate]:
         return [c for key, c in self.space.by_key.items() if key not in self._asked]
