@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from tritonconv.runtime import tables
 from tritonconv.runtime.device import DeviceFacts
 from tritonconv.runtime.operators import Operator, get_operator, operator_names
-from tritonconv.runtime.tables import Entry, TunedTable, digest, tuned_table
+from tritonconv.runtime.tables import Entry, tuned_table
 
 from .space import describe
-
-
-def readable(table: TunedTable, operator: str) -> Iterator[Entry]:
-    """The entries of an operator that a lookup may use, best source first."""
-    rows: Iterable[Any] = table.entries(operator)
-    for row in rows:
-        yield getattr(row, "entry", None) or row[0]
 
 
 def known_operators() -> list[Operator]:
@@ -45,14 +36,6 @@ def answers(operators: Sequence[Operator], device: DeviceFacts) -> dict[str, str
 def in_words(entry: Entry) -> str:
     """An entry's problem: ``conv2d.forward {"batch": 8, ...}``."""
     return f"{entry.operator} {json.dumps(dict(entry.problem), sort_keys=True)}"
-
-
-def fingerprint(operators: Sequence[Operator], device: DeviceFacts) -> str:
-    """One hash over what lookups of these operators answer."""
-    registered = [op.name for op in operators if op.name in operator_names()]
-    whole = getattr(tables, "fingerprint", None)
-    rest = answers(operators, device)
-    return digest([whole(registered, device) if whole is not None else "", rest])
 
 
 def differences(tables_of_ranks: Sequence[Mapping[str, str]]) -> list[str]:

@@ -24,8 +24,8 @@ from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Entry, Environment, digest, environment
 
-from .answers import answers, differences, fingerprint, in_words, known_operators
-from .laboratory import Setup, close_lab
+from .answers import answers, differences, in_words, known_operators
+from .laboratory import Setup, laboratory
 from .measure import Lab
 from .session import Compiler
 from .store import Store
@@ -181,7 +181,17 @@ def tune_sharded(
         with ExitStack() as stack:
             reports, failure = _tune_share(
                 plan[ranks.rank :: ranks.world],
-                lambda: (lab, None) if lab is not None else _equipment(stack, device, setup),
+                lambda: (
+                    (lab, None)
+                    if lab is not None
+                    else stack.enter_context(
+                        laboratory(
+                            _local_device() if device is None else device,
+                            setup,
+                            shared_by=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+                        )
+                    )
+                ),
                 budget_s,
                 options,
                 progress,
@@ -199,7 +209,7 @@ def tune_sharded(
         table = _union(messages)
         _adopt(table, store, env, kept)
         tables.invalidate()
-        mark = digest([_winners(store, env, operators), fingerprint(operators, facts)])
+        mark = digest([_winners(store, env, operators), tables.fingerprint(operators, facts)])
         if len(set(ranks.gather(mark))) > 1:
             known = ranks.gather({**_winners(store, env, operators), **answers(operators, facts)})
             raise TablesDifferError(differences(known) or ["in shared or packaged tables"])
@@ -211,19 +221,6 @@ def tune_sharded(
     )
     lost = {rank: m["failure"] for rank, m in enumerate(messages) if m["failure"]}
     return Sharded(tuple(reports), mark, missing, lost)
-
-
-def _equipment(
-    stack: ExitStack, device: torch.device | int | None, setup: Setup | None
-) -> tuple[Lab, Compiler | None]:
-    """This rank's measuring process and its share of the host's compiling processes."""
-    setup = setup or Setup()
-    lab = setup.lab(_local_device() if device is None else device)
-    stack.callback(close_lab, lab)
-    pool = setup.pool(lab.facts, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if pool is not None:
-        stack.enter_context(pool)
-    return lab, pool
 
 
 def _local_device() -> int:
@@ -347,7 +344,7 @@ def _assert_same(ranks: Ranks, operators: Sequence[Operator], facts: DeviceFacts
         "settings.deterministic": str(settings.deterministic),
         **{f"source of {op.name}": op.source_hash() for op in operators},
     }
-    mark = digest([state, fingerprint(operators, facts)])
+    mark = digest([state, tables.fingerprint(operators, facts)])
     if len(set(ranks.gather(mark))) > 1:
         known = ranks.gather({**state, **answers(operators, facts)})
         raise TablesDifferError(differences(known) or ["in a packaged or related device's table"])

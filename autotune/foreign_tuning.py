@@ -26,7 +26,6 @@ from tritonconv.runtime.operators import Field, Operator, Problem
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Entry, Trial
 
-from .answers import readable
 from .compiling import CompilePool, CompileResult
 from .foreign import (
     KernelOperator,
@@ -161,7 +160,7 @@ class Tuning:
         table = tables.tuned_table(facts)
         state = (tables.epoch(), table)
         if self._entries is None or self._entries[0] != state:
-            self._entries = state, list(readable(table, operator.name))
+            self._entries = state, [row.entry for row in table.entries(operator.name)]
         source, key = operator.source_hash(), dict(problem.fields())
         listed = space(operator, problem, facts).hash
         for entry in self._entries[1]:

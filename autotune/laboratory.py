@@ -55,9 +55,14 @@ class Setup:
 
 @contextmanager
 def laboratory(
-    device: torch.device | int | None = None, setup: Setup | None = None
+    device: torch.device | int | None = None, setup: Setup | None = None, *, shared_by: int = 1
 ) -> Iterator[tuple[Lab, Compiler | None]]:
     """A laboratory and its compiling processes, ended at the end of the ``with`` block.
+
+    Args:
+        device: the GPU; the current one when None.
+        setup: how candidates are compiled and run.
+        shared_by: so many such laboratories share the host's processors.
 
     Example:
         Tune in processes of their own::
@@ -72,7 +77,7 @@ def laboratory(
     with ExitStack() as stack:
         lab = setup.lab(device)
         stack.callback(close_lab, lab)
-        pool = setup.pool(lab.facts)
+        pool = setup.pool(lab.facts, shared_by)
         if pool is not None:
             stack.enter_context(pool)
         yield lab, pool
