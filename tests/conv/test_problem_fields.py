@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +106,30 @@ def test_every_problem_is_made_again_from_its_fields(problem: ConvProblem) -> No
     assert problem_key(operator.name, again.fields(), "source") == key
     assert again.operator == problem.operator
     assert (again.flops(), again.wide) == (problem.flops(), problem.wide)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from(["channels_last", "contiguous"]),
+    st.tuples(SMALL, SMALL, st.sampled_from([1, 3]), st.sampled_from([1, 7])),
+)
+def test_elements_of_a_named_layout_never_share_memory(
+    layout: str, sizes: tuple[int, int, int, int]
+) -> None:
+    # What is written through strides that overlap depends on which program writes last.
+    c, m, taps, size = sizes
+    fields = {"N": 2, "C": c, "M": m, "H": size, "K": taps, "P": taps // 2, "layout": layout}
+    problem = dispatch.OPERATORS[Direction.WGRAD, 2].parse(fields)
+    for shape, hops in (
+        (problem.x_shape, problem.x_strides),
+        (problem.w_shape, problem.w_strides),
+        (problem.y_shape, problem.y_strides),
+    ):
+        offsets = {
+            sum(i * hop for i, hop in zip(index, hops, strict=True))
+            for index in itertools.product(*map(range, shape))
+        }
+        assert len(offsets) == math.prod(shape), (shape, hops)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

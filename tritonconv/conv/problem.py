@@ -128,8 +128,8 @@ def strides_for(shape: Sequence[int], layout: str, wide: bool = False) -> tuple[
             strides = [0] * len(shape)
         return tuple(strides)
     strides = list(dense_strides(shape, layout == "channels_last"))
-    if layout == "contiguous" and _layout(shape, strides) != layout:
-        strides[1] = 2  # of one channel, whose stride nothing uses, and so says nothing
+    if layout == "contiguous" and shape[1] == 1 and _layout(shape, strides) != layout:
+        strides[1] = 2  # the stride of one channel is never used: it only names the layout
     return tuple(strides)
 
 
