@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,68 @@ def pixel_arguments(problem: ConvProblem) -> tuple[Arg, ...]:
         *problem.x_strides,
         *problem.w_strides,
         *problem.y_strides,
+    )
+
+
+def lifted(values: Sequence[int], absent: int) -> tuple[int, int, int]:
+    """Values per spatial axis as (depth, height, width), ``absent`` for the axes that are not.
+
+    Kernels are written for three spatial axes: fewer are a map of depth (and height) one.
+
+    Example:
+        >>> lifted((3, 5), 1), lifted((7,), 0)
+        ((1, 3, 5), (0, 0, 7))
+    """
+    depth, height, width = (absent,) * (3 - len(values)) + tuple(values)
+    return depth, height, width
+
+
+def spatial_arguments(problem: ConvProblem) -> tuple[Arg, ...]:
+    """Batch; sizes of input and output map (3 each); strides of input, weight, output (5 each)."""
+    return (
+        problem.batch,
+        lifted(problem.in_size, 1),
+        lifted(problem.out_size, 1),
+        *(
+            (*strides[:2], *lifted(strides[2:], 0))
+            for strides in (problem.x_strides, problem.w_strides, problem.y_strides)
+        ),
+    )
+
+
+def spatial_constexprs(problem: ConvProblem) -> dict[str, int]:
+    """The filter's geometry on three axes, which kernels are specialised on."""
+    return {
+        f"{label}_{axis}": value
+        for label, values, absent in (
+            ("KERNEL", problem.kernel, 1),
+            ("STRIDE", problem.stride, 1),
+            ("PAD", problem.padding, 0),
+            ("DILATION", problem.dilation, 1),
+        )
+        for axis, value in zip("DHW", lifted(values, absent), strict=True)
+    }
+
+
+@triton.jit
+def position(index, size):
+    """(image, plane, row, column) of a flat index over a batch of maps of ``size`` (d, h, w)."""
+    column = index % size[2]
+    row = (index // size[2]) % size[1]
+    plane = (index // (size[2] * size[1])) % size[0]
+    image = index // (size[2] * size[1] * size[0])
+    return image, plane, row, column
+
+
+@triton.jit
+def widen_all(strides):
+    """Five strides (n, c, d, h, w) as int64, so that every product with them is."""
+    return (
+        widen(strides[0]),
+        widen(strides[1]),
+        widen(strides[2]),
+        widen(strides[3]),
+        widen(strides[4]),
     )
 
 
