@@ -1,10 +1,13 @@
-"""Progress of tuning on stderr: a live line on a terminal, plain lines elsewhere."""
+"""Progress of tuning on stderr: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
 
 from tritonconv.runtime.operators import Problem
 
@@ -87,8 +92,28 @@ class PlainProgress(Progress):
         self.say(f"[{self.done}/{self.total}] {outcome_line(report)}")
 
 
+@dataclass
+class _Row:
+    """A problem in the live table."""
+
+    problem: str
+    planned: int
+    tried: int = 0
+    failed: int = 0
+    best: float | None = None
+    winner: str = ""
+    gain: str = ""
+    state: str = "searching"
+
+
 class LiveProgress(PlainProgress):
-    """Two bars on a terminal, problems and candidates, with finished problems above them."""
+    """A table of the latest problems, with bars and the time that is left below it.
+
+    Every GPU tunes from a thread of its own: a candidate belongs to the problem that its thread
+    began last.
+    """
+
+    SHOWN = 10
 
     def __init__(self, console: Console, verbosity: int) -> None:
         super().__init__(console, verbosity)
@@ -97,15 +122,17 @@ class LiveProgress(PlainProgress):
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            transient=True,
         )
         self.problems = self.bars.add_task("problems", total=None)
-        self.candidates = self.bars.add_task("candidates", total=None, visible=False)
+        self._rows: list[_Row] = []
+        self._running: dict[int, _Row] = {}
+        self.live = Live(console=console, transient=True, get_renderable=self.render)
 
     def __enter__(self) -> LiveProgress:
-        self.bars.start()
+        self.live.start()
         return self
 
     def __exit__(
@@ -114,7 +141,27 @@ class LiveProgress(PlainProgress):
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.bars.stop()
+        self.live.stop()
+
+    def render(self) -> RenderableType:
+        """The table and the bars as they are now."""
+        table = Table(expand=False)
+        table.add_column("problem", overflow="fold")
+        for name in ("tried", "failed", "best µs", "default / best"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("by", no_wrap=True)
+        table.add_column("state", no_wrap=True)
+        for row in list(self._rows):
+            table.add_row(
+                Text(row.problem),
+                f"{row.tried}/{max(row.planned, row.tried)}",
+                str(row.failed) if row.failed else "",
+                "" if row.best is None else f"{row.best:.1f}",
+                row.gain,
+                row.winner,
+                row.state,
+            )
+        return Group(table, self.bars.get_renderable())
 
     def begin(self, problems: int) -> None:
         """Tuning starts."""
@@ -123,17 +170,56 @@ class LiveProgress(PlainProgress):
 
     def problem(self, index: int, problem: Problem, planned: int) -> None:
         """A problem starts."""
-        self.bars.reset(self.candidates, total=planned, description=str(problem), visible=True)
+        self._add(_Row(str(problem), planned))
 
     def candidate(self, candidate: Candidate, outcome: Outcome) -> None:
         """A candidate was timed or failed."""
         super().candidate(candidate, outcome)
-        self.bars.advance(self.candidates)
+        row = self._mine()
+        if row is None:
+            return
+        row.tried += 1
+        if isinstance(outcome, Failure):
+            row.failed += 1
+        elif row.best is None or outcome.p50 < row.best:
+            row.best, row.winner = outcome.p50, candidate.algorithm
+
+    def finalists(self, count: int) -> None:
+        """The best few are checked and timed again."""
+        row = self._mine()
+        if row is not None:
+            row.state = f"{count} in the final"
 
     def end(self, report: Report) -> None:
         """A problem is finished."""
-        super().end(report)
+        self.done += 1
+        row = self._running.pop(threading.get_ident(), None)
+        if row is None:  # one that had nothing to try
+            row = _Row(str(report.problem), 0)
+            self._add(row, running=False)
+        row.state = str(report.result) if report.complete or report.reason else "budget used up"
+        if report.entry is not None and report.entry.best.timing is not None:
+            row.best, row.winner = report.entry.best.timing.p50, report.entry.best.algorithm
+            speedup = report.speedup()
+            row.gain = "" if speedup is None else f"{speedup:.2f}x"
+        if report.reason or self.verbosity >= 1:
+            self.say(f"[{self.done}/{self.total}] {outcome_line(report)}")
         self.bars.advance(self.problems)
+
+    def _mine(self) -> _Row | None:
+        """The row of the problem that this thread works on."""
+        row = self._running.get(threading.get_ident())
+        if row is None and len(self._running) == 1:
+            (row,) = self._running.values()
+        return row
+
+    def _add(self, row: _Row, *, running: bool = True) -> None:
+        if running:
+            self._running[threading.get_ident()] = row
+        busy = list(self._running.values())
+        ended = [old for old in self._rows if not any(old is one for one in busy)]
+        kept = max(self.SHOWN - len(busy) - (not running), 0)
+        self._rows = ended[len(ended) - min(kept, len(ended)) :] + busy + [row] * (not running)
 
 
 def progress_on(console: Console, verbosity: int) -> PlainProgress:
