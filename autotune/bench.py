@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from tritonconv.runtime.device import DeviceFacts
 from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Tier, Timing, default_choice, tuned_table
 
 from .measure import CandidateError, CudaLab, Lab, Policy, Timer, take_turns
 from .roofline import floor_us
+from .search import Status
 from .space import PYTORCH_ALGORITHM, Candidate
 
 TUNED, DEFAULT, TORCH = "tuned", "default", "torch"
+GENERATED = "generated"
+"""The best kernel of our own that is known: the tuned one, unless that is PyTorch's."""
+TORCH_ELSEWHERE = "torch elsewhere"
+"""PyTorch on tensors in the other memory format, where it is faster there."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,9 @@ class Comparison:
         operator: its name.
         problem: what was run.
         tier: which step of the table's read order serves the problem.
-        measured: contenders in the order tuned, default, torch; torch is missing where
-            PyTorch does not serve the problem.
+        measured: contenders in the order tuned, default, generated, torch, torch elsewhere; the
+            last two are missing where PyTorch does not serve the problem, the very last where it
+            was not asked for.
         floor_us: least time possible; None on a device whose ceilings are not known.
     """
 
@@ -50,7 +58,7 @@ class Comparison:
     floor_us: float | None
 
     def timing(self, contender: str) -> Timing | None:
-        """The timing of ``tuned``, ``default`` or ``torch``."""
+        """The timing of a contender."""
         return next((row.timing for row in self.measured if row.contender == contender), None)
 
     def of_floor(self, contender: str = TUNED) -> float | None:
@@ -65,6 +73,11 @@ class Comparison:
         mine, theirs = self.timing(contender), self.timing(other)
         return None if mine is None or theirs is None else theirs.p50 / mine.p50
 
+    def versus_torch(self, contender: str = TUNED) -> float | None:
+        """How many times faster than PyTorch at its best, in each memory format it was timed in."""
+        ratios = [self.versus(other, contender) for other in (TORCH, TORCH_ELSEWHERE)]
+        return min((ratio for ratio in ratios if ratio is not None), default=None)
+
 
 def contenders(
     operator: Operator, problem: Problem, lab: Lab
@@ -77,10 +90,33 @@ def contenders(
         (TUNED, Candidate(choice.algorithm, choice.config)),
         (DEFAULT, Candidate(default.algorithm, default.config)),
     ]
+    generated = _best_generated(operator, problem, rows[0][1], facts)
+    if generated is not None:
+        rows.append((GENERATED, generated))
     for algorithm in operator.candidates(problem):
         if algorithm.name == PYTORCH_ALGORITHM:
             rows.append((TORCH, Candidate(algorithm.name, algorithm.configs(problem, facts)[0])))
     return choice.tier, rows
+
+
+def _best_generated(
+    operator: Operator, problem: Problem, tuned: Candidate, facts: DeviceFacts
+) -> Candidate | None:
+    """The tuned kernel if it is ours, else the fastest of ours in the entry, else a default."""
+    if tuned.algorithm != PYTORCH_ALGORITHM:
+        return tuned
+    for located in tuned_table(facts).exact(operator, problem):
+        timed = [
+            (trial.status != Status.OK, trial.timing.p50, trial)
+            for trial in located.entry.trials
+            if trial.timing is not None and trial.algorithm != PYTORCH_ALGORITHM
+        ]
+        if timed:
+            trial = min(timed, key=lambda row: row[:2])[2]
+            algorithm = operator.algorithm(trial.algorithm)
+            return Candidate(algorithm.name, algorithm.config_type.from_dict(trial.config))
+    ours = (a for a in operator.candidates(problem) if a.name != PYTORCH_ALGORITHM)
+    return next((Candidate(a.name, a.configs(problem, facts)[0]) for a in ours), None)
 
 
 def bench(
@@ -91,12 +127,14 @@ def bench(
     turns: int = 20,
     seed: int = 0,
     lab: Lab | None = None,
+    everywhere: bool = False,
     progress: Callable[[Comparison], None] | None = None,
 ) -> list[Comparison]:
-    """Time tuned, default and PyTorch in turns for every problem.
+    """Time tuned, default, the best generated kernel and PyTorch in turns for every problem.
 
     A kernel that two contenders share is timed once, so that equal kernels show equal times.
-    PyTorch runs with cuDNN's benchmark mode on and without the demand for a fixed order of sums.
+    PyTorch runs with cuDNN's benchmark mode on and without the demand for a fixed order of sums;
+    with ``everywhere`` it is also timed, afterwards, on tensors in other memory formats.
 
     Raises:
         NoDeviceError: there is no GPU.
@@ -110,6 +148,8 @@ def bench(
             measured = _measure(timer, rows, turns)
         finally:
             timer.close()
+        if everywhere and any(row.contender == TORCH for row in measured):
+            measured += _elsewhere(operator, problem, lab, policy, turns, seed)
         comparison = Comparison(
             operator.name, problem, tier, measured, floor_us(problem, lab.facts)
         )
@@ -141,6 +181,26 @@ def _measure(timer: Timer, rows: list[tuple[str, Candidate]], turns: int) -> tup
         )
         for name, candidate in rows
     )
+
+
+def _elsewhere(
+    operator: Operator, problem: Problem, lab: Lab, policy: Policy, turns: int, seed: int
+) -> tuple[Measured, ...]:
+    """PyTorch on the same computation with its tensors laid out differently: the fastest."""
+    found: list[Measured] = []
+    for other in operator.elsewhere(problem):
+        torch_own = operator.algorithm(PYTORCH_ALGORITHM)
+        candidate = Candidate(torch_own.name, torch_own.configs(other, lab.facts)[0])
+        timer = lab.timer(operator, other, policy, seed)
+        try:
+            found += _measure(timer, [(TORCH, candidate)], turns)
+        finally:
+            timer.close()
+    ran = [row for row in found if row.timing is not None]
+    if not ran:
+        return ()
+    best = min(ran, key=lambda row: row.timing.p50 if row.timing else math.inf)
+    return (replace(best, contender=TORCH_ELSEWHERE),)
 
 
 @contextmanager

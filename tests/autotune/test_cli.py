@@ -145,12 +145,46 @@ def test_bench_compares_tuned_default_and_torch(
     assert {name: c["p50_us"] for name, c in row["contenders"].items()} == {
         "tuned": 5.0,
         "default": 50.0,
+        "generated": 5.0,
         "torch": 9.0,
     }
     assert row["vs_default"] == pytest.approx(10)
     assert value["geomean"]["vs_default"] == pytest.approx(10)
     assert 0 < row["of_floor"] < 1
     assert "geometric mean" in invoke(cache, "bench", scale.name, "--shapes", "size=64").stdout
+
+
+def test_bench_against_pytorch_at_its_best_judges_what_we_generate(
+    cache: Path, scale: Scale, lab: PlaybackLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch won the tune, in this layout and even more so in another."""
+    here, there = ScaleProblem(64), ScaleProblem(65)
+    monkeypatch.setattr(Scale, "elsewhere", lambda self, problem: (there,), raising=False)
+    lab.times = table_of({("fine", 2): 8.0, ("fine", 0): 12.0, ("aten", 0): 4.0})
+    in_other_layout = PlaybackLab(table_of({("aten", 0): 2.0}))
+
+    def timer(self: PlaybackLab, operator: Any, problem: Any, *rest: Any) -> Any:
+        return own_timer(in_other_layout if problem == there else self, operator, problem, *rest)
+
+    own_timer = PlaybackLab.timer
+    monkeypatch.setattr(PlaybackLab, "timer", timer)
+    invoke(cache, "tune", scale.name, "--shapes", "size=64")
+    value = as_json(cache, "bench", scale.name, "--suite", "size=64", "--vs", "torch")
+    (row,) = value["results"]
+    assert row["problem"]["size"] == here.size
+    assert {name: (c["algorithm"], c["p50_us"]) for name, c in row["contenders"].items()} == {
+        "tuned": ("aten", 4.0),
+        "default": ("fine", 12.0),
+        "generated": ("fine", 8.0),
+        "torch": ("aten", 4.0),
+        "torch elsewhere": ("aten", 2.0),
+    }
+    assert row["generated_vs_best_torch"] == pytest.approx(2.0 / 8.0)
+    assert value["geomean"]["tuned_vs_best_torch"] == pytest.approx(0.5)
+    shown = invoke(cache, "bench", scale.name, "--suite", "size=64", "--vs", "torch").stdout
+    assert "0.25x" in shown and "0 of 1 at 1.0 or more" in " ".join(shown.split())
+    for options in ((), ("--suite", "size=64", "--shapes", "size=64")):
+        assert "--suite" in invoke(cache, "bench", scale.name, *options, code=2).stderr
 
 
 @no_gpu

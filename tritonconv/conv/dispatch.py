@@ -62,6 +62,12 @@ class ConvOperator(Operator):
             problem = replace(problem, epilogue=spec)
         return problem
 
+    def elsewhere(self, problem: ConvProblem) -> tuple[ConvProblem, ...]:
+        """All tensors in the memory format that the input is not in."""
+        other = "contiguous" if problem.x_layout == "channels_last" else "channels_last"
+        formats = dict.fromkeys(("layout", "weight_layout", "output_layout"), other)
+        return (self.parse({**problem.fields(), **formats}),)
+
     def outputs(self, problem: ConvProblem) -> tuple[str, ...]:
         """The product, and the accumulator when the epilogue saves it."""
         name = slot_names(self.direction)[2]

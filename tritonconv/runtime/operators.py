@@ -155,6 +155,10 @@ class Operator(ABC):
     def default_algorithm(self, problem: Any, device: DeviceFacts) -> Algorithm:
         """What an untuned call runs."""
 
+    def elsewhere(self, problem: Any) -> tuple[Problem, ...]:
+        """The same computation in other memory formats, where a rival may be faster."""
+        return ()
+
     def candidates(self, problem: Any) -> tuple[Algorithm, ...]:
         """Algorithms that serve the problem."""
         return tuple(a for a in self.algorithms if a.supports(problem) is None)
