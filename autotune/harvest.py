@@ -32,8 +32,9 @@ MODEL_GROUP = "tritonconv.models"
 _TIMM = "timm:"
 _CHANNELS = ("in_channels", "in_chans")
 _ARGUMENT_ERROR = re.compile(r"unexpected keyword argument|missing .* required|multiple values")
-_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-_AMP = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LAYOUTS = ("channels_last", "contiguous")
+AUTOCAST = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What runs a model in a dtype: autocast to it, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def harvest_named(
     arguments: Mapping[str, Any] | None = None,
     *,
     batch: int = 8,
-    size: tuple[int, int] = (224, 224),
+    size: Sequence[int] = (224, 224),
     channels: int | None = None,
     dtypes: Sequence[str] = ("bfloat16",),
     layouts: Sequence[str] = ("channels_last",),
@@ -195,7 +196,7 @@ def harvest_named(
         name: as :func:`resolve` takes it.
         arguments: of what the name names.
         batch: images.
-        size: height and width of an image.
+        size: spatial sizes of an image, two or three.
         channels: of an image; what the model takes when None (:func:`input_channels`).
         dtypes: ``bfloat16`` and ``float16`` through autocast, ``float32`` without.
         layouts: memory formats of model and images.
@@ -210,24 +211,19 @@ def harvest_named(
         (1, 21)
     """
     for layout in layouts:
-        if layout not in _FORMATS:
-            raise bad_value("layout", " | ".join(_FORMATS), repr(layout))
+        memory_format(layout, len(size) + 2)
     for dtype in dtypes:
-        if dtype not in _AMP:
-            raise bad_value("dtype", " | ".join(_AMP), repr(dtype))
+        if dtype not in AUTOCAST:
+            raise bad_value("dtype", " | ".join(AUTOCAST), repr(dtype))
     model = build_model(name, arguments, channels=channels).to(device).train()
-    shape = (batch, channels or input_channels(model), *size)
 
     def met() -> list[Pair]:
         pairs: list[Pair] = []
         for layout in layouts:
-            form = _FORMATS[layout]
-            model.to(memory_format=form)  # type: ignore[call-overload]
-            # A copy, for images of one channel: only their strides say which format is meant.
-            images = torch.randn(shape, device=device)
-            images = torch.empty_like(images, memory_format=form).copy_(images)
+            images = images_for(model, batch, size, channels, layout, device)
+            model.to(memory_format=memory_format(layout, images.dim()))  # type: ignore[call-overload]
             for dtype in dtypes:
-                pairs += harvest(model, images, amp=_AMP[dtype])
+                pairs += harvest(model, images, amp=AUTOCAST[dtype])
         return pairs
 
     pairs = met()
@@ -275,9 +271,9 @@ def harvest(
         with torch.set_grad_enabled(backward), region:
             output = model(inputs)
         if backward:
-            losses = [t.float().square().sum() for t in _tensors(output) if t.requires_grad]
-            if losses:
-                torch.stack(losses).sum().backward()
+            loss = loss_of(output)
+            if loss.requires_grad:
+                loss.backward()
 
     try:
         return collect(step)
@@ -287,6 +283,44 @@ def harvest(
                 buffer.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The sum of the squares of every tensor in a model's output that has a gradient."""
+    losses = [t.float().square().sum() for t in _tensors(output) if t.requires_grad]
+    return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+def memory_format(layout: str, axes: int) -> torch.memory_format:
+    """The memory format that a layout means for tensors of so many axes.
+
+    Raises:
+        ArgumentValueError: an unknown layout.
+
+    Example:
+        >>> memory_format("channels_last", 5)
+        torch.channels_last_3d
+    """
+    if layout not in _LAYOUTS:
+        raise bad_value("layout", " | ".join(_LAYOUTS), repr(layout))
+    if layout == "contiguous":
+        return torch.contiguous_format
+    return torch.channels_last if axes == 4 else torch.channels_last_3d
+
+
+def images_for(
+    model: nn.Module,
+    batch: int,
+    size: Sequence[int],
+    channels: int | None,
+    layout: str,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """Random images (batch, channels, *size) as a model takes them."""
+    images = torch.randn((batch, channels or input_channels(model), *size), device=device)
+    # A copy, for images of one channel: only their strides say which format is meant.
+    form = memory_format(layout, images.dim())
+    return torch.empty_like(images, memory_format=form).copy_(images)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

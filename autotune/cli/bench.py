@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from tritonconv.runtime.device import device_facts
 from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.operators import Operator, Problem
 
@@ -17,20 +18,28 @@ from ..bench import DEFAULT, GENERATED, TORCH, TORCH_ELSEWHERE, TUNED, Compariso
 from ..bench import bench as run_bench
 from ..host import host_times
 from ..measure import CudaLab, Policy
+from ..steps import EAGER, OURS, StepTime, step_times
+from ..suites import parse_shape
 from ..tune import unique_pairs
 from .common import (
+    BatchOption,
     CacheDirOption,
+    ChannelsOption,
     DtypeOption,
     JsonOption,
     LayoutOption,
+    ModelArgsOption,
+    ModelOption,
     NoColorOption,
     OperatorsArgument,
     Output,
     QuietOption,
     ShapesOption,
+    SizeOption,
     VerboseOption,
     number,
     pairs_of,
+    parse_size,
     problem_json,
     setup,
     table,
@@ -62,6 +71,14 @@ def bench(
             "--vs", help="torch: judge the best generated kernel by PyTorch in both layouts."
         ),
     ] = None,
+    model: ModelOption = None,
+    model_args: ModelArgsOption = None,
+    batch: BatchOption = 8,
+    size: SizeOption = "224",
+    channels: ChannelsOption = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="With --model: also under torch.compile.")
+    ] = False,
     host: Annotated[
         bool, typer.Option("--host", help="Host time of eager calls instead of device time.")
     ] = False,
@@ -71,11 +88,20 @@ def bench(
     verbose: VerboseOption = 0,
     no_color: NoColorOption = False,
 ) -> None:
-    """Time what a call runs now against the untuned default and PyTorch's own kernel."""
+    """Time what a call runs now against the untuned default and PyTorch's own kernel.
+
+    With --model: training steps of a whole network, before and after tritonconv.nn.convert.
+    """
     out = setup(as_json=json_, cache_dir=cache_dir, quiet=quiet, verbose=verbose, no_color=no_color)
-    if (shapes is None) == (suite is None):
-        given = "nothing" if shapes is None else "both"
-        raise bad_value("bench", "one of --shapes and --suite", given)
+    sources = {"--shapes": shapes, "--suite": suite, "--model": model}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise bad_value("bench", f"one of {', '.join(sources)}", ", ".join(given) or "nothing")
+    if model is not None:
+        arguments = parse_shape(model_args) if model_args else None
+        options = _step_options(batch, size, channels, dtype, layout)
+        _steps(out, model, step_times(model, arguments, **options, compiled=compiled))
+        return
     wanted = str(shapes or suite)
     lab = CudaLab()
     pairs = unique_pairs(pairs_of(operators, wanted, dtypes=dtype, layouts=layout))
@@ -156,6 +182,63 @@ def _host(out: Output, pairs: Sequence[tuple[Operator, Problem]], lab: CudaLab) 
         ],
     }
     out.result(payload, *(shown for _, _, shown in rows))
+
+
+def _step_options(
+    batch: int,
+    size: str,
+    channels: int | None,
+    dtypes: Sequence[str] | None,
+    layouts: Sequence[str] | None,
+) -> dict[str, Any]:
+    """How a network is run: one dtype and one memory format."""
+    for name, values in (("--dtype", dtypes), ("--layout", layouts)):
+        if values is not None and len(values) > 1:
+            raise bad_value(name, "one value with --model", ", ".join(values))
+    return {
+        "batch": batch,
+        "size": parse_size(size),
+        "channels": channels,
+        "dtype": dtypes[0] if dtypes else "bfloat16",
+        "layout": layouts[0] if layouts else "channels_last",
+    }
+
+
+def _steps(out: Output, name: str, times: Sequence[StepTime]) -> None:
+    """Training steps of a model, each contender beside the first that is of its kind."""
+    base = {row.contender: row.timing.p50 for row in times if row.timing is not None}
+    shown = table(
+        "training step", "ms>", "p20>", "p80>", "vs PyTorch>", "first step s>", "note", title=name
+    )
+    rows = []
+    for row in times:
+        rival = base.get(row.contender.replace(OURS, EAGER))
+        ratio = rival / row.timing.p50 if rival is not None and row.timing is not None else None
+        note = row.reason or (f"{row.converted} layers converted" if row.converted else "")
+        timing = row.timing
+        shown.add_row(
+            row.contender,
+            number(timing.p50 if timing else None),
+            number(timing.p20 if timing else None),
+            number(timing.p80 if timing else None),
+            number(ratio, 2, "x"),
+            number(row.first_s),
+            note,
+        )
+        rows.append(
+            {
+                "contender": row.contender,
+                "ms": timing.p50 if timing else None,
+                "p20_ms": timing.p20 if timing else None,
+                "p80_ms": timing.p80 if timing else None,
+                "steps": timing.count if timing else 0,
+                "vs_torch": ratio,
+                "first_s": row.first_s,
+                "converted": row.converted,
+                "reason": row.reason,
+            }
+        )
+    out.result({"device": device_facts().as_dict(), "model": name, "results": rows}, shown)
 
 
 def _summary(results: Sequence[Comparison], means: dict[str, float | None]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,25 @@ ShapesOption = Annotated[
     typer.Option(
         "--shapes", help='A suite, a JSON file, or a shape: "N=8,C=64,M=64,H=56,K=3,P=1".'
     ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A model whose training step is run: a name of `autotune list --models`, "
+        "module:callable, or timm:NAME.",
+    ),
+]
+ModelArgsOption = Annotated[
+    str | None, typer.Option("--model-args", help='Its arguments: "num_classes=3".')
+]
+BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Batch of the model's input.")]
+SizeOption = Annotated[
+    str, typer.Option("--size", help="Sizes of the model's input: 224, 160x192 or 160x160x96.")
+]
+ChannelsOption = Annotated[
+    int | None,
+    typer.Option("--channels", min=1, help="Channels of its input; what it takes by default."),
 ]
 DtypeOption = Annotated[
     list[str] | None,
@@ -200,3 +220,19 @@ def problem_json(operator: str, problem: Problem) -> dict[str, Any]:
 def fields_text(fields: Mapping[str, Any]) -> str:
     """Fields of a stored problem in one line."""
     return " ".join(f"{name}={value}" for name, value in fields.items())
+
+
+def parse_size(text: str) -> tuple[int, ...]:
+    """Spatial sizes from ``224`` (a square), ``160x192`` or ``160x160x96``.
+
+    Raises:
+        ArgumentValueError: another form.
+
+    Example:
+        >>> parse_size("224"), parse_size("160x160x96")
+        ((224, 224), (160, 160, 96))
+    """
+    if re.fullmatch(r"\d+(x\d+){0,2}", text.strip()) is None:
+        raise bad_value("size", "224, 160x192 or 160x160x96", repr(text))
+    sizes = tuple(int(part) for part in text.strip().split("x"))
+    return sizes * 2 if len(sizes) == 1 else sizes

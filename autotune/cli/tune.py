@@ -29,21 +29,27 @@ from ..search import Effort, StrategyName
 from ..suites import parse_shape
 from ..tune import Check, Options, Report, Result, tune_pairs, unique_pairs
 from .common import (
+    BatchOption,
     CacheDirOption,
+    ChannelsOption,
     DtypeOption,
     ExitCode,
     JsonOption,
     LayoutOption,
+    ModelArgsOption,
+    ModelOption,
     NoColorOption,
     OperatorsArgument,
     Output,
     QuietOption,
     ShapesOption,
+    SizeOption,
     TargetOption,
     VerboseOption,
     expand_operators,
     facts_or_nominal,
     pairs_of,
+    parse_size,
     setup,
 )
 from .progress import progress_on
@@ -59,29 +65,15 @@ class RankLostError(TritonConvError):
 def tune(
     operators: OperatorsArgument = None,
     shapes: ShapesOption = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="Model whose problems are tuned: a name of `autotune list --models`, "
-            "module:callable, or timm:NAME.",
-        ),
-    ] = None,
+    model: ModelOption = None,
     missed: Annotated[
         bool,
         typer.Option("--missed", help="Tune what your own programs ran untuned on this GPU."),
     ] = False,
-    model_args: Annotated[
-        str | None, typer.Option("--model-args", help='Its arguments: "num_classes=3".')
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Batch of the model's input.")] = 8,
-    size: Annotated[
-        str, typer.Option("--size", help="Height and width of the model's input: 224 or 160x192.")
-    ] = "224",
-    channels: Annotated[
-        int | None,
-        typer.Option("--channels", min=1, help="Channels of its input; what it takes by default."),
-    ] = None,
+    model_args: ModelArgsOption = None,
+    batch: BatchOption = 8,
+    size: SizeOption = "224",
+    channels: ChannelsOption = None,
     dtype: DtypeOption = None,
     layout: LayoutOption = None,
     effort: Annotated[
@@ -252,24 +244,12 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Height and width from ``224`` or ``160x192``.
-
-    Raises:
-        ArgumentValueError: another form.
-    """
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
-    if match is None:
-        raise bad_value("size", "224 or 160x192", repr(text))
-    return int(match[1]), int(match[2] or match[1])
-
-
 def _model_pairs(
     name: str,
     arguments: str | None,
     operators: Sequence[str] | None,
     batch: int,
-    size: tuple[int, int],
+    size: Sequence[int],
     channels: int | None,
     dtypes: Sequence[str] | None,
     layouts: Sequence[str] | None,

@@ -1,0 +1,204 @@
+"""Time training steps of a whole model: as it is, and on the library's kernels."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tritonconv.nn import convert
+from tritonconv.runtime.errors import bad_value
+from tritonconv.runtime.tables import Timing
+
+from .harvest import AUTOCAST, build_model, images_for, loss_of, memory_format
+from .measure import NoDeviceError
+
+EAGER, OURS = "PyTorch", "tritonconv"
+COMPILED = ", compiled"
+WARM_UP = 5
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A training step of one contender.
+
+    Attributes:
+        contender: ``PyTorch``, ``tritonconv``, or either with ``, compiled``.
+        timing: milliseconds of a step on the device, optimiser included; None when it did not run.
+        first_s: seconds until the first step was done: what compiling and choosing kernels cost.
+        converted: layers that run on the library's kernels.
+        reason: why it did not run.
+    """
+
+    contender: str
+    timing: Timing | None
+    first_s: float
+    converted: int = 0
+    reason: str = ""
+
+
+def step_times(
+    name: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    batch: int = 8,
+    size: Sequence[int] = (224, 224),
+    channels: int | None = None,
+    dtype: str = "bfloat16",
+    layout: str = "channels_last",
+    compiled: bool = False,
+    steps: int = 20,
+    device: torch.device | str = "cuda",
+    progress: Callable[[StepTime], None] | None = None,
+) -> list[StepTime]:
+    """Time forward, backward and SGD with momentum of a model before and after ``nn.convert``.
+
+    All contenders start from the same weights and see the same batch. They take turns, ``steps``
+    steps at a time, after a few that warm them up; every step is timed on the device. PyTorch runs
+    with cuDNN's benchmark mode on.
+
+    Args:
+        name, arguments, channels: as :func:`~tritonconv.autotune.harvest.build_model` takes them.
+        batch: images.
+        size: spatial sizes of an image, two or three.
+        dtype: ``bfloat16`` and ``float16`` through autocast, ``float32`` without.
+        layout: memory format of model and images.
+        compiled: also time both under ``torch.compile``.
+        steps: of each contender in each of three rounds.
+        device: the GPU; a CPU is timed by the host's clock.
+        progress: told of every contender when it is done.
+
+    Raises:
+        NoDeviceError: there is no GPU.
+        ArgumentValueError: an unknown name, argument, dtype or layout.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise NoDeviceError("the time of training steps needs a CUDA GPU, and PyTorch sees none")
+    if dtype not in AUTOCAST:
+        raise bad_value("dtype", " | ".join(AUTOCAST), repr(dtype))
+    model = build_model(name, arguments, channels=channels).train()
+    images = images_for(model, batch, size, channels, layout, device)
+    contenders = [_Contender(EAGER, model, images, dtype, layout, compiled=False)]
+    contenders.append(_Contender(OURS, model, images, dtype, layout, compiled=False))
+    if compiled:
+        for who in (EAGER, OURS):
+            contenders.append(_Contender(who, model, images, dtype, layout, compiled=True))
+    for contender in contenders:
+        contender.warm_up()
+    for _ in range(ROUNDS):
+        for contender in contenders:
+            contender.run(steps)
+    found = [contender.result() for contender in contenders]
+    for result in found:
+        if progress is not None:
+            progress(result)
+    return found
+
+
+class _Contender:
+    """One model in training on the device."""
+
+    def __init__(
+        self,
+        who: str,
+        model: nn.Module,
+        images: torch.Tensor,
+        dtype: str,
+        layout: str,
+        *,
+        compiled: bool,
+    ) -> None:
+        self.name = who + (COMPILED if compiled else "")
+        self.images = images
+        self.amp = AUTOCAST[dtype]
+        self.milliseconds: list[float] = []
+        self.first_s = 0.0
+        self.reason = ""
+        form = memory_format(layout, images.dim())
+        own = copy.deepcopy(model).to(images.device)
+        own.to(memory_format=form)  # type: ignore[call-overload]  # stubs want a dtype too
+        self.ours = who == OURS
+        self.converted = len(convert(own).converted) if self.ours else 0
+        self.optimizer = torch.optim.SGD(own.parameters(), lr=1e-4, momentum=0.9)
+        self.model: Callable[[torch.Tensor], Any] = torch.compile(own) if compiled else own
+
+    def step(self) -> None:
+        kind = self.images.device.type
+        region = nullcontext() if self.amp is None else torch.autocast(kind, dtype=self.amp)
+        self.optimizer.zero_grad(set_to_none=True)
+        with region:
+            output = self.model(self.images)
+        loss_of(output).backward()
+        self.optimizer.step()
+
+    def warm_up(self) -> None:
+        begin = time.perf_counter()
+        try:
+            with _benchmark():
+                self.step()
+                self._wait()
+                self.first_s = time.perf_counter() - begin
+                for _ in range(WARM_UP - 1):
+                    self.step()
+                self._wait()
+        except Exception as error:  # the others still run: a contender that cannot says why
+            self.reason = f"{type(error).__name__}: {error}"
+
+    def run(self, steps: int) -> None:
+        if self.reason:
+            return
+        with _benchmark():
+            self.step()  # caches and clocks belong to the one that ran before
+            marks = [self._mark()]
+            for _ in range(steps):
+                self.step()
+                marks.append(self._mark())
+            self._wait()
+        self.milliseconds += [_milliseconds(a, b) for a, b in itertools.pairwise(marks)]
+
+    def _wait(self) -> None:
+        if self.images.is_cuda:
+            torch.cuda.synchronize(self.images.device)
+
+    def _mark(self) -> torch.cuda.Event | float:
+        """A moment on the device; on a CPU, which has no other clock, on the host."""
+        if not self.images.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def result(self) -> StepTime:
+        times = self.milliseconds
+        timing = None
+        if times:
+            low, *_, high = statistics.quantiles(times, n=5) if len(times) > 1 else times * 2
+            timing = Timing(statistics.median(times), low, high, len(times))
+        return StepTime(self.name, timing, self.first_s, self.converted, self.reason)
+
+
+def _milliseconds(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float) and isinstance(end, float)
+        return (end - begin) * 1e3
+    return float(begin.elapsed_time(end))
+
+
+@contextmanager
+def _benchmark() -> Iterator[None]:
+    """cuDNN picks by timing: for the contenders that ask it, and for what we leave to it."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

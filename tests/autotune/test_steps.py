@@ -1,0 +1,81 @@
+"""Timing of training steps: the same steps for every contender, and one that fails says why."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from tritonconv.autotune import steps
+from tritonconv.autotune.measure import NoDeviceError
+from tritonconv.runtime.errors import ArgumentValueError
+
+
+class Net(nn.Module):
+    """Two convolutions; remembers the losses of its steps."""
+
+    losses: ClassVar[list[tuple[bool, float]]] = []
+
+    def __init__(self, in_channels: int = 1, rank: int = 2) -> None:
+        super().__init__()
+        conv = nn.Conv2d if rank == 2 else nn.Conv3d
+        self.first = conv(in_channels, 4, 3, padding=1)
+        self.second = conv(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(torch.relu(self.first(x)))
+        ours = type(self.first).__module__.startswith("tritonconv")
+        Net.losses.append((ours, float(y.detach().float().square().sum())))
+        return y
+
+
+class Refuses(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if type(self.first).__module__.startswith("tritonconv"):
+            raise ValueError("not with me")
+        return super().forward(x)
+
+
+def test_both_train_the_same_network_on_the_same_images() -> None:
+    Net.losses.clear()
+    theirs, ours = steps.step_times(
+        "test_steps:Net", batch=2, size=(8, 8), dtype="float32", steps=3, device="cpu"
+    )
+    assert (theirs.contender, ours.contender) == ("PyTorch", "tritonconv")
+    assert (theirs.converted, ours.converted) == (0, 2)
+    for row in (theirs, ours):
+        assert row.timing is not None and row.timing.count == 3 * steps.ROUNDS
+        assert 0 < row.timing.p20 <= row.timing.p50 <= row.timing.p80
+        assert row.first_s > 0
+    curves = [[loss for own, loss in Net.losses if own is kind] for kind in (False, True)]
+    assert len(curves[0]) == steps.WARM_UP + steps.ROUNDS * (3 + 1)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4), "the same steps from the same weights"
+    assert curves[0][-1] < curves[0][0], "and they train"
+
+
+def test_a_contender_that_cannot_run_does_not_stop_the_others() -> None:
+    theirs, ours = steps.step_times(
+        "test_steps:Refuses", batch=1, size=(8, 8), dtype="float32", steps=2, device="cpu"
+    )
+    assert theirs.timing is not None and not math.isnan(theirs.timing.p50)
+    assert ours.timing is None and ours.reason == "ValueError: not with me"
+
+
+def test_volumes() -> None:
+    (theirs, _) = steps.step_times(
+        "test_steps:Net", {"rank": 3}, batch=1, size=(4, 6, 8), steps=2, device="cpu"
+    )
+    assert theirs.timing is not None
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ArgumentValueError, match="layout"):
+        steps.step_times("test_steps:Net", layout="diagonal", device="cpu")
+    with pytest.raises(ArgumentValueError, match="dtype"):
+        steps.step_times("test_steps:Net", dtype="int8", device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(NoDeviceError):
+            steps.step_times("test_steps:Net")
