@@ -30,7 +30,7 @@ def import_(
     verbose: VerboseOption = 0,
     no_color: NoColorOption = False,
 ) -> None:
-    """Add entries to the user's table; where there is one already, the lower median stays."""
+    """Add entries to the user's table; where one serves already, the lower median stays."""
     out = setup(as_json=json_, cache_dir=cache_dir, quiet=quiet, verbose=verbose, no_color=no_color)
     store = Store()
     shown = table("from", "environment", "imported>", "kept>", "stale>")

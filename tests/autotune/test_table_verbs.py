@@ -273,7 +273,7 @@ def test_the_verbs_of_the_installed_command(tmp_path: Path) -> None:
     entry = tables.Entry(
         operator.name,
         dict(problem.fields()),
-        operator.source_hash(),
+        operator.source_hashes(),
         "graph-cold",
         ENV.as_dict(),
         aten,
