@@ -33,10 +33,11 @@ def entry_of(
     created: str = "2026-01-01T00:00:00+00:00",
     **changes: Any,
 ) -> Entry:
+    names = ("vector", "fine", "aten", "picky", *(trial.algorithm for trial in trials))
     draft = Entry(
         operator="fake.scale",
         problem=dict(ScaleProblem(size, dtype).fields()),
-        sources=dict.fromkeys(("vector", "fine", "aten", "picky"), source) | (changed or {}),
+        sources=dict.fromkeys(names, source) | (changed or {}),
         policy="graph-cold",
         environment=env.as_dict(),
         default=trials[0],
