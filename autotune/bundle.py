@@ -6,7 +6,6 @@ What is packaged with the library lies in ``autotune/tuned/<device>.json``; the 
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -23,9 +22,9 @@ from tritonconv.runtime.entries import (
 from tritonconv.runtime.environment import Environment
 from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.files import make_folder, replace_text
-from tritonconv.runtime.operators import Operator, get_operator, operator_names
+from tritonconv.runtime.freshness import changes, is_stale
 
-from .store import Store, best_us
+from .store import Store, standing
 
 Key = tuple[str, str]
 """Operator and problem."""
@@ -57,21 +56,14 @@ def key_of(entry: Entry) -> Key:
     return entry.operator, canonical(entry.problem)
 
 
-@functools.cache
-def _source_hash(operator: Operator) -> str:
-    return operator.source_hash()  # of files, which are those that this process has imported
-
-
-def is_stale(entry: Entry) -> bool:
-    """Whether the kernels have changed since; those of an operator not known here have not."""
-    if entry.operator not in operator_names():
-        return False
-    return _source_hash(get_operator(entry.operator)) != entry.source_hash
-
-
 def stale(bundle: Bundle) -> tuple[Entry, ...]:
-    """Entries whose source hash is no longer that of their operator: lookups pass them over."""
+    """Entries whose winner's source is no longer that of today: lookups pass them over."""
     return tuple(filter(is_stale, bundle.entries))
+
+
+def outdated(bundle: Bundle) -> tuple[Entry, ...]:
+    """Entries that serve, but to which some other algorithm has changed or come since."""
+    return tuple(entry for entry in bundle.entries if changes(entry).outdated)
 
 
 def export(
@@ -90,7 +82,7 @@ def export(
         operators: names; all when None.
         min_speedup: leave out problems whose winner is not that many times faster than the
             default. What is left out is served by its nearest neighbour, not by the default.
-        keep_stale: also entries of other kernel sources.
+        keep_stale: also entries whose winner has changed since.
     """
     wanted = None if operators is None else set(operators)
     chosen: dict[Key, Entry] = {}
@@ -101,7 +93,7 @@ def export(
         if not keep_stale and is_stale(entry):
             continue
         other = chosen.get(key_of(entry))
-        if other is None or other.age() < entry.age():
+        if other is None or _served(other) < _served(entry):
             chosen[key_of(entry)] = entry
     kept = [entry for entry in chosen.values() if _fast_enough(entry, min_speedup)]
     return _bundle(environment.as_dict(), map(compact, kept))
@@ -114,7 +106,7 @@ def _fast_enough(entry: Entry, least: float | None) -> bool:
 
 def _bundle(environment: object, entries: Iterable[Entry]) -> Bundle:
     assert isinstance(environment, dict)
-    ordered = sorted(entries, key=lambda e: (*key_of(e), e.source_hash, e.policy, e.space_hash))
+    ordered = sorted(entries, key=lambda e: (*key_of(e), e.policy))
     return Bundle(environment, tuple(ordered))
 
 
@@ -160,7 +152,7 @@ class Imported:
 
 
 def take_in(bundle: Bundle, store: Store) -> Imported:
-    """Write a bundle's entries into a table, where they are faster than what is there.
+    """Write a bundle's entries into a table, where they are better than what is there.
 
     Raises:
         InvalidEntryError: the bundle names no environment.
@@ -176,6 +168,8 @@ def take_in(bundle: Bundle, store: Store) -> Imported:
 def merge(bundles: Iterable[Bundle]) -> Bundle:
     """One bundle of several of the same environment: of each problem the lower median.
 
+    An entry that serves goes before a stale one, whatever their times and dates.
+
     Raises:
         ArgumentValueError: there are no bundles, or they are of several environments.
     """
@@ -187,7 +181,7 @@ def merge(bundles: Iterable[Bundle]) -> Bundle:
     chosen: dict[tuple[str, ...], Entry] = {}
     for bundle in found:
         for entry in bundle.entries:
-            identity = (*key_of(entry), entry.source_hash, entry.policy)
+            identity = (*key_of(entry), entry.policy)
             other = chosen.get(identity)
             if other is None or _order(entry) < _order(other):
                 chosen[identity] = entry
@@ -195,8 +189,14 @@ def merge(bundles: Iterable[Bundle]) -> Bundle:
     return _bundle(dict(environment), map(compact, chosen.values()))
 
 
-def _order(entry: Entry) -> tuple[float, str]:
-    return best_us(entry), entry.key()  # a fixed order of equals, whatever that of the files
+def _order(entry: Entry) -> tuple[tuple[bool, float], str]:
+    # A fixed order of equals, whatever that of the files.
+    return standing(entry), digest(entry.to_json())
+
+
+def _served(entry: Entry) -> tuple[bool, tuple[str, str]]:
+    """Sorts entries of one problem, the one that lookups take last."""
+    return not is_stale(entry), entry.age()
 
 
 def describe_environment(environment: object) -> str:
@@ -231,7 +231,7 @@ def winners(
             if not accept(entry):
                 continue
             key = (env, *key_of(entry), entry.policy)
-            if key not in found or found[key].age() < entry.age():
+            if key not in found or _served(found[key]) < _served(entry):
                 found[key] = entry
     return found
 
@@ -243,9 +243,9 @@ __all__ = [
     "describe_environment",
     "export",
     "file_name",
-    "is_stale",
     "load_tables",
     "merge",
+    "outdated",
     "stale",
     "take_in",
     "winners",

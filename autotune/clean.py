@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from tritonconv.runtime.entries import SCHEMA_VERSION, Entry, canonical
+from tritonconv.runtime.entries import SCHEMA_VERSION, Entry
 from tritonconv.runtime.files import TEMPORARY_SUFFIX, locked
+from tritonconv.runtime.freshness import is_stale
 from tritonconv.runtime.sources import ENVIRONMENT_FILE, read_located
 
-from .bundle import is_stale
 from .store import Store
 
 _ABANDONED_S = 3600.0
@@ -24,9 +24,7 @@ class Why(StrEnum):
     """Why a file can go."""
 
     STALE = "stale"
-    """The kernels have changed since."""
-    SUPERSEDED = "superseded"
-    """A newer entry of the same problem and policy, of another space, is used."""
+    """The winner's kernels have changed since."""
     UNREADABLE = "unreadable"
     ABANDONED = "abandoned"
     """What a killed writer left behind."""
@@ -68,7 +66,6 @@ def find(
 
 
 def _in_folder(folder: Path, limit: str | None, only_stale: bool) -> Iterator[Removable]:
-    current: dict[str, Removable] = {}
     for path in sorted(folder.iterdir()):
         if path.name.endswith(TEMPORARY_SUFFIX):
             if not only_stale and _age(path) > _ABANDONED_S:
@@ -84,16 +81,6 @@ def _in_folder(folder: Path, limit: str | None, only_stale: bool) -> Iterator[Re
             yield Removable(path, Why.STALE, entry)
         elif limit is not None and str(entry.recorded.get("created", "")) < limit:
             yield Removable(path, Why.OLD, entry)
-        elif not only_stale:
-            row = Removable(path, Why.SUPERSEDED, entry)
-            key = f"{canonical(entry.problem)} {entry.source_hash} {entry.policy}"
-            other = current.get(key)
-            current[key] = row
-            if other is not None:
-                assert other.entry is not None
-                newer = max(row, other, key=lambda r: r.entry.age() if r.entry else ("", ""))
-                current[key] = newer
-                yield other if newer is row else row
 
 
 def _age(path: Path) -> float:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tritonconv.runtime import tables
 from tritonconv.runtime.device import DeviceFacts, device_facts
 from tritonconv.runtime.errors import TritonConvError, bad_value
+from tritonconv.runtime.freshness import is_stale
 from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Entry, Environment, digest, environment
@@ -175,7 +176,7 @@ def tune_sharded(
             {
                 "pairs": digest([[op.name, dict(problem.fields())] for op, problem in plan]),
                 "environment": env.as_dict(),
-                "sources": {op.name: op.source_hash() for op in operators},
+                "sources": {op.name: dict(op.source_hashes()) for op in operators},
             },
         )
         with ExitStack() as stack:
@@ -265,14 +266,11 @@ def _tune_share(
 
 
 def _identity(entry: Entry) -> str:
-    space_hash = getattr(entry, "space_hash", "")
-    return digest(
-        [entry.operator, dict(entry.problem), entry.source_hash, entry.policy, space_hash]
-    )
+    return digest([entry.operator, dict(entry.problem), entry.policy])
 
 
 def _union(messages: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
-    """One entry per problem: that of the rank that tuned it now, else the newest."""
+    """One entry per problem: that of the rank that tuned it now, else the newest that serves."""
     found: dict[str, Entry] = {}
     for message in messages:
         for value in message["tuned"]:
@@ -283,13 +281,13 @@ def _union(messages: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
         for value in message["kept"]:
             entry = Entry.from_json(value)
             name = _identity(entry)
-            if name not in tuned and (name not in found or _date(entry) > _date(found[name])):
+            if name not in tuned and (name not in found or _order(entry) > _order(found[name])):
                 found[name] = entry
     return found
 
 
-def _date(entry: Entry) -> str:
-    return str(entry.recorded.get("created", ""))
+def _order(entry: Entry) -> tuple[bool, str]:
+    return not is_stale(entry), str(entry.recorded.get("created", ""))
 
 
 def _adopt(
@@ -342,7 +340,11 @@ def _assert_same(ranks: Ranks, operators: Sequence[Operator], facts: DeviceFacts
         "environment": json.dumps(env.as_dict(), sort_keys=True),
         "settings.autotune": settings.autotune,
         "settings.deterministic": str(settings.deterministic),
-        **{f"source of {op.name}": op.source_hash() for op in operators},
+        **{
+            f"source of {op.name} {name}": source
+            for op in operators
+            for name, source in op.source_hashes().items()
+        },
     }
     mark = digest([state, tables.fingerprint(operators, facts)])
     if len(set(ranks.gather(mark))) > 1:

@@ -83,8 +83,11 @@ class KernelProblem:
     grids: tuple[Grid | str, ...] = field(compare=False, repr=False)
     trusted: int = field(default=0, compare=False, repr=False)
 
+    variants: ClassVar[tuple[str, ...]] = ("configs",)
+    """Fields in which entries may differ and give each other timings."""
+
     def fields(self) -> Mapping[str, Field]:
-        """Key values, dtypes, specialisation and the list of configs."""
+        """Key values, dtypes, specialisation; the kernel's source and the list of configs."""
         return dict(self.key)
 
     def flops(self) -> int:

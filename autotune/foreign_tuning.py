@@ -22,9 +22,10 @@ import triton
 from tritonconv.runtime import tables
 from tritonconv.runtime.compat import interpreting
 from tritonconv.runtime.device import device_facts
+from tritonconv.runtime.freshness import serves
 from tritonconv.runtime.operators import Field, Operator, Problem
 from tritonconv.runtime.settings import settings
-from tritonconv.runtime.tables import Entry, Trial
+from tritonconv.runtime.tables import Entry, Trial, digest
 
 from .compiling import CompilePool, CompileResult
 from .foreign import (
@@ -34,13 +35,14 @@ from .foreign import (
 )
 from .forkserver import dumps
 from .kernel_call import capture
+from .kernel_config import stored_values
 from .kernel_source import KernelNotFoundError, chain, place_of
 from .laboratory import Setup, close_lab
 from .measure import CudaLab, DeviceLostError, Lab
 from .report import Options, Report, Result, TuningStoppedError
 from .search import Effort, Failure, Status, StrategyName
 from .session import Compiler
-from .space import Candidate, space
+from .space import Candidate
 from .store import Store
 from .tune import tune_pairs
 
@@ -134,9 +136,13 @@ class Tuning:
         named: Mapping[str, Any],
     ) -> KernelProblem:
         """A call as a problem for the tuner; arguments as for :meth:`find`."""
+        # Kernels of one name, and lists of configs for one key, may take turns in a process:
+        # their entries must not replace each other.
+        operator = self.operator(False)
+        identity = {"source": operator.source_hash(), "configs": digest(stored_values(configs))}
         return KernelProblem(
-            operator=self.operator(False).name,
-            key=tuple(fields.items()),
+            operator=operator.name,
+            key=(*fields.items(), *identity.items()),
             arguments=capture(self.tuner.arg_names, args, kwargs),
             configs=tuple(configs),
             grids=grids_of(grid, configs, lambda config: self._meta(named, config)),
@@ -161,10 +167,9 @@ class Tuning:
         state = (tables.epoch(), table)
         if self._entries is None or self._entries[0] != state:
             self._entries = state, [row.entry for row in table.entries(operator.name)]
-        source, key = operator.source_hash(), dict(problem.fields())
-        listed = space(operator, problem, facts).hash
+        sources, key = operator.source_hashes(), dict(problem.fields())
         for entry in self._entries[1]:
-            if entry.source_hash == source and entry.space_hash == listed and entry.problem == key:
+            if entry.problem == key and serves(entry, sources):
                 return entry
         return None
 

@@ -87,6 +87,7 @@ class Session:
     compiler: Compiler | None = None
     env: Environment = field(init=False)
     space: Space = field(init=False)
+    sources: Mapping[str, str] = field(init=False)
     old: Entry | None = field(init=False, default=None)
     trials: dict[CandidateKey, Trial] = field(init=False, default_factory=dict)
     _strategy: Strategy = field(init=False)
@@ -107,22 +108,24 @@ class Session:
         options, fields = self.options, dict(self.problem.fields())
         self.env = environment(self.lab.facts)
         self.space = space(self.operator, self.problem, self.lab.facts)
+        current = self.operator.source_hashes()
+        self.sources = {name: current[name] for name in self.space.configs}
         if not options.force:
             self.old = self.store.load(
                 self.env,
                 self.operator.name,
                 fields,
-                self.operator.source_hash(),
                 str(options.policy),
-                self.space.hash,
+                getattr(self.problem, "variants", ()),
             )
         self.trials = self._known_trials()
         nearest = nearest_winners(self.store, self.env, self.operator.name, fields)
+        searched = self._to_search()
 
         def strategy() -> Strategy:
             return make_strategy(
                 options.strategy,
-                self.space,
+                searched,
                 options.effort,
                 nearest=nearest,
                 max_configs=options.max_configs,
@@ -180,12 +183,37 @@ class Session:
         return self._store(searched, start)
 
     def _is_current(self) -> bool:
-        """Whether the earlier entry is of the very same space."""
-        return self.old is not None and self.old.space_hash == self.space.hash
+        """Whether the earlier entry is of the very same space and of today's sources."""
+        old = self.old
+        return (
+            old is not None
+            and old.space_hash == self.space.hash
+            and all(_same(name, old.sources, self.sources) for name in self.sources)
+        )
+
+    def _has_completed(self) -> bool:
+        """Whether an earlier run did all that this one is asked for, with the sources of then."""
+        return self.old is not None and self.old.recorded.get("completed") == self._request()
 
     def _has_all(self) -> bool:
         """Whether an earlier run did all that this one is asked for."""
-        return self._is_current() and self.old.recorded.get("completed") == self._request()  # type: ignore[union-attr]
+        return self._is_current() and self._has_completed()
+
+    def _to_search(self) -> Space:
+        """What a run like the earlier one has to look at: nothing new of what has not changed."""
+        if self.old is None or not self._has_completed():
+            return self.space
+        spaces = self.old.recorded.get("spaces", {})
+        unchanged = {
+            name
+            for name in self.sources
+            if _same(name, self.old.sources, self.sources)
+            and _same(name, spaces, self.space.hashes)
+        }
+        return self.space.restricted(
+            {key for key in self.space.by_key if key[0] not in unchanged or key in self.trials}
+            | {self.space.default.as_key()}
+        )
 
     def _all_checked(self) -> bool:
         """Whether nothing is left to check of what is known, as ``check`` asks for."""
@@ -198,7 +226,7 @@ class Session:
         return settled(strategy, {key: _outcome(trial) for key, trial in self.trials.items()})
 
     def _known_trials(self) -> dict[CandidateKey, Trial]:
-        """Earlier trials whose candidate still exists; old finalists compete anew.
+        """Earlier trials whose candidate is still there, unchanged; old finalists compete anew.
 
         A candidate that took its process with it is tried again only when asked to time everything
         again; one that ran out of time also when it gets more of it, one that ran out of memory
@@ -215,6 +243,8 @@ class Session:
             for trial in entry.trials:
                 key = trial_key(trial)
                 if key not in current or _passing(trial, entry.recorded, limits):
+                    continue
+                if not _same(trial.algorithm, entry.sources, self.sources):
                     continue
                 status = Status.TIMED if trial.status == Status.OK else trial.status
                 known[key] = replace(trial, status=status)
@@ -401,7 +431,7 @@ class Session:
         return Entry(
             operator=self.operator.name,
             problem=dict(self.problem.fields()),
-            source_hash=self.operator.source_hash(),
+            sources=self.sources,
             policy=str(self.options.policy),
             environment=self.env.as_dict(),
             default=first,
@@ -412,14 +442,13 @@ class Session:
         )
 
     def _withdraw(self) -> None:
-        """Drop stored entries whose winner has just been shown to be wrong."""
+        """Drop the stored entry if its winner has just been shown to be wrong."""
         wrong = {key for key, trial in self.trials.items() if trial.status == Status.NUMERIC}
         draft = self._draft(())
-        for stored in self.store.siblings(
-            self.env, draft.operator, draft.problem, draft.source_hash, draft.policy
-        ):
-            if trial_key(stored.entry.best) in wrong:
-                stored.path.unlink(missing_ok=True)
+        stored = self.store.load(self.env, draft.operator, draft.problem, draft.policy)
+        if stored is not None and trial_key(stored.best) in wrong:
+            path = self.store.path(self.env, draft.operator, draft.key())
+            path.unlink(missing_ok=True)
 
     def _ordered(self) -> tuple[Trial, ...]:
         """Trials in the fixed order of the space, the default first."""
@@ -446,6 +475,7 @@ class Session:
             "strategy": str(self.options.strategy),
             "seed": self.options.seed,
             "space_size": len(self.space.candidates),
+            "spaces": dict(self.space.hashes),
             "dropped": len(self.space.dropped),
             "unsupported": dict(self.space.unsupported),
             "limits_s": self._limits(),
@@ -506,6 +536,11 @@ def _passing(trial: Trial, recorded: Mapping[str, Any], limits: Mapping[str, flo
         before = recorded.get("limits_s", {}).get(trial.status, 0.0)
         return limits[trial.status] > float(before)
     return False
+
+
+def _same(name: str, old: Mapping[str, str], new: Mapping[str, str]) -> bool:
+    """Whether both name the same hash for an algorithm."""
+    return name in old and old[name] == new.get(name)
 
 
 def _outcome(trial: Trial) -> Outcome:

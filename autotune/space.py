@@ -41,7 +41,8 @@ Identity = tuple[str, str, Problem, CandidateKey]
 
 def identity(operator: Operator, problem: Problem, candidate: Candidate) -> Identity:
     """What a verdict on a candidate is remembered under: a kernel that was edited is another."""
-    return operator.name, operator.source_hash(), problem, candidate.as_key()
+    source = operator.source_hashes().get(candidate.algorithm, "")
+    return operator.name, source, problem, candidate.as_key()
 
 
 def candidate_key(algorithm: str, config: Mapping[str, int]) -> CandidateKey:
@@ -98,6 +99,14 @@ class Space:
     def hash(self) -> str:
         """Equal for spaces of the same candidates in the same order."""
         return digest([[name, list(config)] for name, config in self.by_key])
+
+    @cached_property
+    def hashes(self) -> Mapping[str, str]:
+        """The same for the candidates of every algorithm, by its name."""
+        configs: dict[str, list[Any]] = {name: [] for name in self.configs}
+        for name, config in self.by_key:
+            configs[name].append(list(config))
+        return {name: digest(listed) for name, listed in configs.items()}
 
     def neighbours(self, candidate: Candidate) -> tuple[Candidate, ...]:
         """Candidates of the same algorithm that are one step away (see ``ConfigSpace``)."""

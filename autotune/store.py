@@ -7,15 +7,15 @@ dies, so that two processes that tune the same problem keep each other's timings
 
 from __future__ import annotations
 
-import datetime
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tritonconv.runtime.entries import SCHEMA_VERSION, Entry, Trial, entry_key, problem_key
+from tritonconv.runtime.entries import SCHEMA_VERSION, Entry, Trial, entry_key
 from tritonconv.runtime.environment import Environment
 from tritonconv.runtime.files import locked, make_folder, replace_text
+from tritonconv.runtime.freshness import current_sources, is_stale
 from tritonconv.runtime.operators import Field
 from tritonconv.runtime.sources import ENVIRONMENT_FILE, entry_path, read_located
 from tritonconv.runtime.tables import user_directory
@@ -45,16 +45,36 @@ def elect(entry: Entry) -> Entry | None:
     )
 
 
-def merge(new: Entry, old: Entry | None) -> Entry:
-    """Add to ``new`` the trials that only ``old`` has, and choose again.
+def merge(new: Entry, old: Entry | None, current: Mapping[str, str] | None = None) -> Entry:
+    """Add to ``new`` the trials that only ``old`` has and that still hold, and choose again.
 
-    Entries of another problem, source, policy or space are not merged.
+    Entries of another problem or policy are not merged. The trials of one algorithm are all of one
+    source: that of ``new``, unless only that of ``old`` is current.
+
+    Args:
+        new, old: the entries.
+        current: today's sources, where ``new`` need not have them.
     """
     if old is None or old.key() != new.key():
         return new
-    known = {trial_key(trial) for trial in new.trials}
-    extra = tuple(trial for trial in old.trials if trial_key(trial) not in known)
-    merged = elect(replace(new, trials=new.trials + extra))
+    today = current or {}
+    older = {
+        name: source
+        for name, source in old.sources.items()
+        if new.sources.get(name) not in (source, today.get(name)) and today.get(name) == source
+    }
+    sources = {**new.sources, **older}
+    kept = [trial for trial in new.trials if trial.algorithm not in older]
+    known = {trial_key(trial) for trial in kept}
+    for trial in old.trials:
+        source = old.sources.get(trial.algorithm)
+        if trial_key(trial) not in known and source == sources.get(trial.algorithm, ""):
+            kept.append(trial)
+    first = trial_key(new.default)
+    kept.sort(key=lambda trial: trial_key(trial) != first)
+    if not kept or trial_key(kept[0]) != first:
+        return new  # without its default it would say nothing about what tuning is worth
+    merged = elect(replace(new, trials=tuple(kept), sources=sources))
     return merged if merged is not None else new
 
 
@@ -81,45 +101,35 @@ class Store:
         environment: Environment,
         operator: str,
         problem: Mapping[str, Field],
-        source_hash: str,
         policy: str,
-        space_hash: str = "",
+        apart_from: Collection[str] = (),
     ) -> Entry | None:
-        """The entry of a problem, or the newest of another space, whose trials are as good.
+        """The entry of a problem, of whatever sources and space.
 
         Args:
             environment: where the timings were taken.
-            operator, problem, source_hash, policy: what must be equal.
-            space_hash: of the space that is to be searched.
+            operator, problem, policy: what must be equal.
+            apart_from: fields of the problem in which another entry may differ, where there is
+                none of the very problem; the newest is taken.
 
         Returns:
-            None when there is none or it cannot be read. ``space_hash`` of the entry tells whether
-            it is of the very same space.
+            None when there is none or it cannot be read. ``sources`` and ``space_hash`` tell which
+            of its trials hold, and whether it is of the very same space.
         """
-        key = entry_key(operator, problem, source_hash, policy, space_hash)
-        entry = read_located(self.path(environment, operator, key))
-        if entry is not None:
+        path = self.path(environment, operator, entry_key(operator, problem, policy))
+        entry = read_located(path)
+        if entry is not None or not apart_from:
             return entry
-        found = self.siblings(environment, operator, problem, source_hash, policy)
-        return found[0].entry if found else None
 
-    def siblings(
-        self,
-        environment: Environment,
-        operator: str,
-        problem: Mapping[str, Field],
-        source_hash: str,
-        policy: str,
-    ) -> list[Stored]:
-        """Entries of a problem under a policy, of whatever space, the newest first."""
-        folder = self.path(environment, operator, "-").parent
-        key = problem_key(operator, problem, source_hash)
-        read = ((path, read_located(path)) for path in folder.glob(f"{key}-*.json"))
-        found = [Stored(e, path) for path, e in read if e is not None and e.policy == policy]
-        return sorted(found, key=lambda stored: stored.entry.age(), reverse=True)
+        def rest(fields: Mapping[str, Field]) -> dict[str, Field]:
+            return {name: fields[name] for name in fields if name not in apart_from}
+
+        others = [stored.entry for stored in self.entries(environment, operator)]
+        alike = [e for e in others if e.policy == policy and rest(e.problem) == rest(problem)]
+        return max(alike, key=Entry.age, default=None)
 
     def save(self, environment: Environment, entry: Entry, *, replace_old: bool = False) -> Stored:
-        """Write an entry, keeping the timings of candidates that only the old one has.
+        """Write an entry of today's sources, keeping what only the old one has and still holds.
 
         Args:
             environment: where the timings were taken.
@@ -133,22 +143,19 @@ class Store:
         return Stored(merged, path)
 
     def adopt(self, environment: Environment, entry: Entry) -> Stored | None:
-        """Write an entry that was measured elsewhere, unless the present one is as fast.
+        """Write an entry that was measured elsewhere, unless the present one is better.
+
+        One that serves is better than a stale one, whatever their times; else the faster is.
 
         Returns:
             None when the present entry of the same problem and policy stays.
         """
         path = self._prepare(environment, entry)
         with locked(path.parent):
-            identity = (entry.operator, entry.problem, entry.source_hash, entry.policy)
-            present = self.siblings(environment, *identity)
-            if present and best_us(present[0].entry) <= best_us(entry):
+            present = read_located(path)
+            if present is not None and standing(present) <= standing(entry):
                 return None
-            if present:  # it must become the newest, which is the one that lookups take
-                now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-                created = max(now, str(present[0].entry.recorded.get("created", "")))
-                entry = replace(entry, recorded={**entry.recorded, "created": created})
-            merged = merge(entry, read_located(path))
+            merged = merge(entry, present, current_sources(entry.operator))
             self._write(path, merged)
         return Stored(merged, path)
 
@@ -198,6 +205,11 @@ class Store:
             entry = read_located(path)
             if entry is not None:
                 yield Stored(entry, path)
+
+
+def standing(entry: Entry) -> tuple[bool, float]:
+    """Sorts entries of one problem by what they are worth: stale ones last, then by time."""
+    return is_stale(entry), best_us(entry)
 
 
 def best_us(entry: Entry) -> float:

@@ -8,9 +8,9 @@ from enum import StrEnum
 
 from tritonconv.runtime.accuracy import Accuracy
 from tritonconv.runtime.entries import Entry, canonical
+from tritonconv.runtime.freshness import changes, is_stale
 from tritonconv.runtime.operators import Operator, Problem, get_operator, operator_names
 
-from .bundle import is_stale
 from .measure import CandidateError, Lab
 from .space import Candidate
 
@@ -27,12 +27,20 @@ class Standing(StrEnum):
 
 @dataclass(frozen=True)
 class Verified:
-    """One entry's winner."""
+    """One entry's winner.
+
+    Attributes:
+        entry, standing: what was checked, and what came out.
+        reason: why it did not pass.
+        accuracy: where it ran.
+        outdated: what else has changed since the entry was tuned, in words.
+    """
 
     entry: Entry
     standing: Standing
     reason: str = ""
     accuracy: Accuracy | None = None
+    outdated: str = ""
 
 
 def rebuild(entry: Entry) -> tuple[Operator, Problem, Candidate] | str:
@@ -40,7 +48,7 @@ def rebuild(entry: Entry) -> tuple[Operator, Problem, Candidate] | str:
     if entry.operator not in operator_names():
         return f"operator {entry.operator} is not known here"
     if is_stale(entry):
-        return "stale: the kernels have changed since"
+        return f"stale: {entry.best.algorithm} has changed since"
     operator = get_operator(entry.operator)
     try:
         problem = operator.parse(entry.problem)
@@ -104,4 +112,5 @@ def _verify(entry: Entry, lab: Lab, seed: int) -> Verified:
     except CandidateError as error:
         return Verified(entry, Standing.WRONG, str(error))
     standing = Standing.PASSED if accuracy.ok else Standing.WRONG
-    return Verified(entry, standing, "" if accuracy.ok else str(accuracy), accuracy)
+    since = str(changes(entry))
+    return Verified(entry, standing, "" if accuracy.ok else str(accuracy), accuracy, since)

@@ -34,7 +34,7 @@ def clean(
         typer.Option("--older-than", help="Also entries made before: 12h, 30d, 8w."),
     ] = None,
     stale: Annotated[
-        bool, typer.Option("--stale", help="Only entries of other kernel sources.")
+        bool, typer.Option("--stale", help="Only entries whose winner has changed since.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Delete, instead of showing.")] = False,
     json_: JsonOption = False,
@@ -45,7 +45,7 @@ def clean(
 ) -> None:
     """Show which files of the user's table can go, and delete them with --yes.
 
-    Those are stale and superseded entries, unreadable files, and what killed writers left.
+    Those are stale entries, unreadable files, and what killed writers left.
     """
     out = setup(as_json=json_, cache_dir=cache_dir, quiet=quiet, verbose=verbose, no_color=no_color)
     store = Store()

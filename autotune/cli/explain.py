@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from tritonconv.runtime.diagnosis import NearMiss, near_misses
+from tritonconv.runtime.freshness import changes
 from tritonconv.runtime.operators import get_operator
 from tritonconv.runtime.tables import TUNED_TIERS, default_choice, environment, tuned_table
 
@@ -65,7 +66,7 @@ def explain(
     head.add_row("which is", "the default" if is_default else "not the default")
     served: Mapping[str, Any] | None = None
     if located is not None:
-        timing = located.entry.best.timing
+        timing, since = located.entry.best.timing, changes(located.entry, op)
         served = {
             "source": located.source,
             "path": str(located.path),
@@ -73,9 +74,12 @@ def explain(
             "policy": located.entry.policy,
             "environment": dict(located.entry.environment),
             "p50_us": timing.p50 if timing else None,
+            "outdated": [*since.changed, *since.added],
         }
         head.add_row("served by", f"{located.source}: {located.path}")
         head.add_row("its time", number(timing.p50 if timing else None, 2, " µs"))
+        if since.outdated:
+            head.add_row("outdated", f"{since}: `autotune tune` times that")
     predicted = candidates.predicted.get(candidate_key(choice.algorithm, choice.config.as_dict()))
     head.add_row("model expects", number(predicted, 2, " µs"))
     head.add_row("floor", number(floor_us(problem, facts), 2, " µs"))
@@ -83,7 +87,8 @@ def explain(
     shown = table("table", "the nearest entry differs in", "wanted", "found")
     for miss in nearest:
         for row, difference in enumerate(miss.differences):
-            name = "source_hash (stale)" if difference.field == "source_hash" else difference.field
+            stale = difference.stale_algorithm
+            name = f"the source of {stale} (stale)" if stale else difference.field
             cells = (name, str(difference.wanted), str(difference.found))
             shown.add_row("" if row else miss.source, *cells)
         if not miss.differences:

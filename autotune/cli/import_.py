@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..bundle import describe_environment, load_tables, stale, take_in
+from ..bundle import describe_environment, load_tables, outdated, stale, take_in
 from ..store import Store
 from .common import (
     CacheDirOption,
@@ -30,16 +30,16 @@ def import_(
     verbose: VerboseOption = 0,
     no_color: NoColorOption = False,
 ) -> None:
-    """Add entries to the user's table; where there is one already, the lower median stays."""
+    """Add entries to the user's table; where one serves already, the lower median stays."""
     out = setup(as_json=json_, cache_dir=cache_dir, quiet=quiet, verbose=verbose, no_color=no_color)
     store = Store()
-    shown = table("from", "environment", "imported>", "kept>", "stale>")
+    shown = table("from", "environment", "imported>", "kept>", "stale>", "outdated>")
     rows = []
     for path in paths:
         for bundle in load_tables(path):
             found = take_in(bundle, store)
             described = describe_environment(dict(bundle.environment))
-            old = len(stale(bundle))
+            old, since = len(stale(bundle)), len(outdated(bundle))
             rows.append(
                 {
                     "path": str(path),
@@ -47,9 +47,9 @@ def import_(
                     "imported": len(found.written),
                     "kept": len(found.kept),
                     "stale": old,
+                    "outdated": since,
                 }
             )
-            shown.add_row(
-                str(path), described, str(len(found.written)), str(len(found.kept)), str(old)
-            )
+            counts = (len(found.written), len(found.kept), old, since)
+            shown.add_row(str(path), described, *map(str, counts))
     out.result({"tables": str(store.root), "bundles": rows}, shown)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from tritonconv.runtime.errors import bad_value
+from tritonconv.runtime.freshness import changes
 from tritonconv.runtime.operators import get_operator, operator_names
 
-from ..bundle import is_stale
 from ..harvest import model_names
 from ..store import Store
 from ..suites import load_suite, suite_names
@@ -68,7 +68,7 @@ def list_(
     entries = []
     for item in stored:
         entry = item.entry
-        best = entry.best.timing
+        best, since = entry.best.timing, changes(entry)
         entries.append(
             {
                 "operator": entry.operator,
@@ -76,7 +76,9 @@ def list_(
                 "problem": dict(entry.problem),
                 "best": {"algorithm": entry.best.algorithm, "config": dict(entry.best.config)},
                 "p50_us": None if best is None else best.p50,
-                "stale": is_stale(entry),
+                "stale": since.stale,
+                "outdated": [*since.changed, *since.added] if since.outdated else [],
+                "changes": str(since),
                 "created": entry.recorded.get("created"),
                 "path": str(item.path),
             }
@@ -108,13 +110,20 @@ def list_(
             " ".join(f"{name}={value}" for name, value in entry.problem.items()),
             entry.best.algorithm,
             number(entry.best.timing.p50 if entry.best.timing else None),
-            "stale" if row["stale"] else "current",
+            _freshness(row),
         )
     if entries:
         rendered.append(kept)
     out.result(payload, *rendered)
     if not entries:
         out.say(f"no tuned entries in {Store().root}")
+
+
+def _freshness(row: Mapping[str, object]) -> str:
+    """``current``, or what has changed since."""
+    if not row["changes"]:
+        return "current"
+    return f"{'stale' if row['stale'] else 'outdated'} ({row['changes']})"
 
 
 def _named(op: str | None, stored: Iterable[str]) -> tuple[str, ...]:

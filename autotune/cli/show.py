@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from tritonconv.runtime.freshness import Changes, changes
 from tritonconv.runtime.operators import get_operator
 from tritonconv.runtime.tables import Entry, Tier, Trial, environment, tuned_table
 
@@ -60,6 +61,9 @@ def show(
     head.add_row("runs", describe(choice.algorithm, choice.config.as_dict()))
     head.add_row("because", TIERS[choice.tier] + (f" ({choice.source})" if choice.source else ""))
     head.add_row("floor", number(floor, 2, " µs"))
+    since = Changes() if entry is None else changes(entry, op)
+    if since.outdated:
+        head.add_row("outdated", f"{since}: `autotune tune` times that")
     payload = {
         **problem_json(op.name, problem),
         "device": facts.as_dict(),
@@ -72,6 +76,7 @@ def show(
         },
         "floor_us": floor,
         "entry": None if entry is None else entry.to_json(),
+        "outdated": [*since.changed, *since.added],
         "path": None if located is None else str(located.path),
     }
     if entry is None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tritonconv.runtime.entries import Entry
+from tritonconv.runtime.freshness import is_stale
 from tritonconv.runtime.operators import operator_names
 from tritonconv.runtime.tables import environment, newest, tuned_table
 
@@ -83,9 +84,16 @@ def verify(
             shown.add_row(*_cells(row))
     counts = {str(s): sum(row.standing is s for row in results) for s in Standing}
     summary = ", ".join(f"{number} {name}" for name, number in counts.items())
+    outdated = [row for row in results if row.standing is not Standing.SKIPPED and row.outdated]
+    if outdated:
+        summary += f"; {len(outdated)} outdated"
+    for row in outdated:
+        where = f"{row.entry.operator} {fields_text(row.entry.problem)}"
+        out.say(f"outdated: {where} ({row.outdated}): `autotune tune` times that")
     payload = {
         "device": lab.facts.as_dict(),
         "counts": counts,
+        "outdated": len(outdated),
         "left_out": left_out,
         "results": [_result_json(row) for row in results],
     }
@@ -101,7 +109,7 @@ def verify(
 
 
 def _served(facts: Any, names: set[str]) -> list[Entry]:
-    """The entries that lookups take: the newest of the first table that has the problem."""
+    """The entries that lookups take, and where there is only a stale one of a problem, that."""
     tuned = tuned_table(facts)
     found: list[Entry] = []
     for name in sorted(names):
@@ -109,7 +117,8 @@ def _served(facts: Any, names: set[str]) -> list[Entry]:
         for located in tuned.entries(name):
             by_problem.setdefault(located.entry.problem_key(), []).append(located)
         for rows in by_problem.values():
-            first = newest(row for row in rows if row.source == rows[0].source)
+            pool = [row for row in rows if not is_stale(row.entry)] or rows
+            first = newest(row for row in pool if row.source == pool[0].source)
             assert first is not None
             found.append(first.entry)
     return found
@@ -136,6 +145,7 @@ def _result_json(row: Verified) -> dict[str, Any]:
         "best": {"algorithm": row.entry.best.algorithm, "config": dict(row.entry.best.config)},
         "standing": str(row.standing),
         "reason": row.reason,
+        "outdated": row.outdated,
         "error": None if accuracy is None else accuracy.error,
         "budget": None if accuracy is None else accuracy.budget,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,15 +27,17 @@ def entry_of(
     *trials: Trial,
     size: int = 64,
     source: str = "source-1",
+    changed: Mapping[str, str] | None = None,
     dtype: str = "float32",
     env: Environment = ENV,
     created: str = "2026-01-01T00:00:00+00:00",
     **changes: Any,
 ) -> Entry:
+    names = ("vector", "fine", "aten", "picky", *(trial.algorithm for trial in trials))
     draft = Entry(
         operator="fake.scale",
         problem=dict(ScaleProblem(size, dtype).fields()),
-        source_hash=source,
+        sources=dict.fromkeys(names, source) | (changed or {}),
         policy="graph-cold",
         environment=env.as_dict(),
         default=trials[0],

@@ -159,16 +159,22 @@ class Scale(Operator):
 
     name: ClassVar[str] = "fake.scale"
 
-    def __init__(self, *algorithms: Algorithm, source: str = "source-1") -> None:
+    def __init__(
+        self,
+        *algorithms: Algorithm,
+        source: str = "source-1",
+        changed: Mapping[str, str] | None = None,
+    ) -> None:
         self._algorithms = algorithms or (Vector(), Fine(), Aten(), Picky())
         self.source = source
+        self.changed = dict(changed or {})
 
     @property
     def algorithms(self) -> tuple[Algorithm, ...]:
         return tuple(self._algorithms)
 
-    def source_hash(self) -> str:
-        return self.source
+    def source_hashes(self) -> Mapping[str, str]:
+        return {a.name: self.changed.get(a.name, self.source) for a in self.algorithms}
 
     def parse(self, fields: Mapping[str, Any]) -> Problem:
         known = {"size", "dtype", "layout", "name"}

@@ -152,7 +152,7 @@ def recorded(
     return Entry(
         operator="fake.scale",
         problem=dict(PROBLEM.fields()),
-        source_hash="source-1",
+        sources={"landscape": "source-1", "aten": "source-1"},
         policy="graph-cold",
         environment=environment(DEVICE).as_dict(),
         default=trials[0],

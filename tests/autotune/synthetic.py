@@ -45,7 +45,7 @@ def entry(
     *,
     operator: str = "fake.scale",
     problem: Mapping[str, Any] | None = None,
-    source: str = "source-1",
+    sources: Mapping[str, str] | None = None,
     created: str = "2026-11-20T10:00:00+00:00",
     device: DeviceFacts = H100,
 ) -> Entry:
@@ -54,7 +54,7 @@ def entry(
     draft = Entry(
         operator=operator,
         problem=dict(problem or {"size": 64, "dtype": "float32"}),
-        source_hash=source,
+        sources=sources or {trial.algorithm: "source-1" for trial in listed},
         policy="graph-cold",
         environment=environment(device).as_dict(),
         default=listed[0],
@@ -110,7 +110,7 @@ def record(
         trials,
         operator=operator.name,
         problem=problem.fields(),
-        source=operator.source_hash(),
+        sources=operator.source_hashes(),
         created=f"2026-11-{20 + seed % 3}T10:00:00+00:00",
     )
 

@@ -110,7 +110,7 @@ def test_speed_ups_over_contenders_and_over_fields() -> None:
     assert found.values == ((2.0, 1.0, 1.5), (1.0, 1.0, None))
     several = [
         sized(64, 8.0, 4.0),
-        sized(64, 8.0, 1.0, source="source-2"),
+        sized(64, 8.0, 1.0, sources={"fine": "source-2"}),
         sized(256, 3.0, 1.0, dtype="bfloat16"),
     ]
     grid = landscape.over_fields(several, "size", "dtype", "default")

@@ -18,11 +18,9 @@ from tritonconv.runtime.tables import tuned_table
 
 
 def test_answers_are_what_lookups_take(cache: Path, tmp_path: Path, scale: Scale) -> None:
-    for variant, space in enumerate(("a", "b", "c", "d")):
-        Store().save(ENV, winner(variant, created=f"2026-0{4 - variant}-01", space_hash=space))
-        Store().save(
-            ENV, winner(variant, created=f"2026-0{1 + variant}-01", space_hash=space, size=9)
-        )
+    for variant, policy in enumerate(("eager", "graph-hot", "graph-cold", "d")):
+        Store().save(ENV, winner(variant, created=f"2026-0{4 - variant}-01", policy=policy))
+        Store().save(ENV, winner(variant, created=f"2026-0{1 + variant}-01", policy=policy, size=9))
     Store(tmp_path / "team").save(ENV, winner(2, created="2027-01-01"))
     tables.invalidate()
     with settings.override(cache_path=(tmp_path / "team",)):

@@ -3,10 +3,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import hypothesis.strategies as st
 import pytest
 from autotune_entries import ENV, SISTER, entry_of, trial, winner
 from autotune_fakes import Scale
+from hypothesis import given, settings
 
 from tritonconv.autotune.bundle import (
     Bundle,
@@ -14,6 +17,7 @@ from tritonconv.autotune.bundle import (
     export,
     load_tables,
     merge,
+    outdated,
     stale,
     take_in,
     write,
@@ -21,7 +25,11 @@ from tritonconv.autotune.bundle import (
 from tritonconv.autotune.choose import choose
 from tritonconv.autotune.compare import Verdict, compare, judge
 from tritonconv.autotune.store import Store
+from tritonconv.runtime import operators
 from tritonconv.runtime.entries import InvalidEntryError, Resources, Timing, load_bundle
+from tritonconv.runtime.operators import register
+
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 def bundle_of(*entries: object, env: object = ENV) -> Bundle:
@@ -65,8 +73,9 @@ def test_a_compact_entry_explains_its_choice() -> None:
 
 def test_export_takes_what_lookups_take(tmp_path: Path, scale: Scale) -> None:
     store = Store(tmp_path)
-    store.save(ENV, winner(1, created="2026-01-01", space_hash="small"))
-    store.save(ENV, winner(2, created="2026-02-01", space_hash="grown"))
+    store.save(ENV, winner(1, created="2026-01-01", policy="eager"))
+    store.save(ENV, winner(2, created="2026-02-01"))
+    store.save(ENV, winner(1, created="2026-03-01", policy="graph-hot", source="source-0"))
     store.save(ENV, winner(3, size=9, time=9.9))  # as fast as the default
     store.save(ENV, winner(3, size=10, source="source-0"))
     store.save(SISTER, winner(1, env=SISTER, size=11))
@@ -75,15 +84,24 @@ def test_export_takes_what_lookups_take(tmp_path: Path, scale: Scale) -> None:
         (64, 2),
         (9, 0),
     ]
-    assert len(export(store, ENV, keep_stale=True).entries) == 3
+    kept = export(store, ENV, keep_stale=True)
+    assert [(e.problem["size"], e.best.config["variant"]) for e in kept.entries] == [
+        (10, 3),
+        (64, 2),
+        (9, 0),
+    ]
     assert [e.problem["size"] for e in export(store, ENV, min_speedup=1.05).entries] == [64]
     assert export(store, ENV, operators=["conv2d.forward"]).entries == ()
 
 
 def test_stale_entries(scale: Scale) -> None:
     old = winner(1, source="source-0")
-    unknown = replace(winner(1), operator="kernel.mine", source_hash="anything")
-    assert stale(bundle_of(winner(1), old, unknown)) == (old,)
+    unknown = replace(winner(1), operator="kernel.mine", sources={"triton": "anything"})
+    since = winner(1, changed={"aten": "source-0"})
+    removed = replace(old, best=trial(1, 5.0, algorithm="removed"))
+    bundle = bundle_of(winner(1), old, unknown, since, removed)
+    assert stale(bundle) == (old, removed)
+    assert outdated(bundle) == (since,)
 
 
 def test_what_is_imported_is_the_lower_median_and_imports_again(tmp_path: Path) -> None:
@@ -119,6 +137,35 @@ def test_merging_keeps_the_lower_median(tmp_path: Path) -> None:
         merge([])
 
 
+@few
+@given(st.lists(st.tuples(*[st.booleans()] * 3), min_size=2, max_size=4))
+def test_merging_and_importing_prefer_what_serves(rows: list[tuple[bool, bool, bool]]) -> None:
+    """One entry of a problem per table: stale or not, new or old, fast or slow."""
+    made = [
+        winner(
+            1 + index,
+            (2.0 if fast else 6.0) + index / 100,
+            source="source-0" if old else "source-1",
+            created="2027-01-01" if new else "2026-01-01",
+        )
+        for index, (old, new, fast) in enumerate(rows)
+    ]
+    serving = [entry for entry, (old, *_) in zip(made, rows, strict=True) if not old]
+    wanted = min(serving or made, key=lambda e: e.best.timing.p50 if e.best.timing else 0.0)
+    register(Scale())
+    try:
+        (entry,) = merge([bundle_of(entry) for entry in made]).entries
+        assert entry.best == wanted.best and entry.sources == wanted.sources
+        with TemporaryDirectory() as folder:
+            store = Store(Path(folder))
+            for one in made:
+                take_in(bundle_of(one), store)
+            (stored,) = store.entries()
+            assert stored.entry.best == wanted.best and stored.entry.sources == wanted.sources
+    finally:
+        operators._OPERATORS.pop(Scale.name)
+
+
 def test_tables_are_read_from_files_and_folders(tmp_path: Path) -> None:
     Store(tmp_path / "tuned").save(ENV, winner(1))
     Store(tmp_path / "tuned").save(SISTER, winner(1, env=SISTER))
@@ -126,12 +173,12 @@ def test_tables_are_read_from_files_and_folders(tmp_path: Path) -> None:
     assert load_tables(tmp_path) == load_tables(tmp_path / "tuned")
     write(bundle_of(winner(1)), tmp_path / "one.json")
     assert load_tables(tmp_path / "one.json") == [bundle_of(winner(1))]
-    (tmp_path / "bad.json").write_text('{"schema_version": 1, "environment": {}, "entries": []}')
+    (tmp_path / "bad.json").write_text('{"schema_version": 2, "environment": {}, "entries": []}')
     for name in ("bad.json", "absent.json"):
         with pytest.raises(ValueError, match="bundle"):
             load_tables(tmp_path / name)
     with pytest.raises(InvalidEntryError):
-        Bundle.from_json({"schema_version": 1, "environment": {}, "entries": [{"default": 3}]})
+        Bundle.from_json({"schema_version": 2, "environment": {}, "entries": [{"default": 3}]})
 
 
 def timing(p50: float, spread: float = 0.001) -> Timing:

@@ -209,6 +209,22 @@ class TestTuning:
         double(x)
         assert len(lab.prepared) == 1 + finalists + 1
 
+    def test_sources_under_one_name_keep_entries_of_their_own(
+        self, x: torch.Tensor, lab: PlaybackLab, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A factory makes kernels of one name; an edited kernel is another, too."""
+
+        def call(source: str) -> int:
+            before = len(lab.prepared)
+            monkeypatch.setattr("tritonconv.autotune.foreign.source_hash", lambda tuner: source)
+            tuner = autotune(kernels.double.configs, ["size"])(kernels.double.fn)
+            tuner[grid](x, torch.empty_like(x), SIZE)
+            return len(lab.prepared) - before
+
+        assert [bool(call(source)) for source in ("one", "two", "one", "two")] == [1, 1, 0, 0]
+        found = entries(cache)
+        assert sorted(entry["sources"]["triton"] for entry in found) == ["one", "two"]
+
     @pytest.mark.parametrize("launch", [(4,), (4, 1), grid], ids=["1", "2", "function"])
     def test_grids(self, x: torch.Tensor, lab: PlaybackLab, launch: Any) -> None:
         assert torch.equal(double(x, launch), 2 * x)

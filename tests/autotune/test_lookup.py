@@ -6,19 +6,25 @@ import timeit
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import hypothesis.strategies as st
 import pytest
 from autotune_entries import AMPERE, DEVICE, ENV, OLDER, SISTER, entry_of, trial, winner
 from autotune_fakes import Fine, Picky, Scale, ScaleProblem
+from hypothesis import given
+from hypothesis import settings as examples
 
 from tritonconv.autotune import bundle
 from tritonconv.autotune.bundle import export, write
 from tritonconv.autotune.store import Store
 from tritonconv.runtime import entries, missed, tables
+from tritonconv.runtime.freshness import changes
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import NotTunedError, Tier, tuned_table
 
 OPERATOR = Scale()
+few = examples(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 def found(size: int, dtype: str = "float32", operator: Scale = OPERATOR) -> tuple[str, int]:
@@ -42,9 +48,9 @@ def test_a_lookup_serves_exact_bucket_nearest_default_in_this_order(cache: Path)
     assert found(97, "bfloat16")[0] == "default"
 
 
-def test_the_newest_of_spaces_and_policies_serves(cache: Path) -> None:
-    Store().save(ENV, winner(1, created="2026-02-02", space_hash="space-9"))
-    Store().save(ENV, winner(2, created="2026-03-03", space_hash="space-2"))
+def test_the_newest_of_policies_serves(cache: Path) -> None:
+    Store().save(ENV, winner(1, created="2026-02-02", policy="eager"))
+    Store().save(ENV, winner(2, created="2026-03-03"))
     Store().save(ENV, winner(3, created="2026-01-01", policy="graph-hot"))
     assert found(64) == ("exact", 2)
     assert found(63) == ("bucket", 2)
@@ -95,21 +101,67 @@ def test_the_same_architecture_elsewhere_serves_last(cache: Path) -> None:
     assert found(64, "bfloat16")[0] == "default"
 
 
-def test_an_entry_of_other_sources_is_stale(cache: Path) -> None:
-    Store().save(ENV, winner(1))
-    Store().save(SISTER, winner(1, env=SISTER))
-    assert found(64)[0] == "exact"
-    tables.invalidate()
-    assert found(64, operator=Scale(source="source-2"))[0] == "default"
+NAMES = ("vector", "fine", "aten", "picky")
+
+
+@few
+@given(
+    st.sampled_from(NAMES[:3]),
+    st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["source-1", "source-2"])),
+)
+def test_an_entry_serves_while_its_winner_is_unchanged(won: str, changed: dict[str, str]) -> None:
+    """Whatever becomes of the others; here and on a sister device."""
+    config = {"block": 512, "num_warps": 4} if won == "vector" else {"variant": 0}
+    best = replace(trial(0, 5.0, algorithm=won), config=config)
+    slow = trial(1, 10.0)
+    operator = Scale(changed=changed)
+    holds = changed.get(won, "source-1") == "source-1"
+    for env, size, tier in ((ENV, 64, "exact"), (ENV, 63, "bucket"), (SISTER, 64, "family")):
+        with TemporaryDirectory() as folder, settings.override(cache_dir=Path(folder)):
+            Store().save(env, entry_of(slow, best, env=env))
+            choice = tuned_table(DEVICE).lookup(operator, ScaleProblem(size))
+            assert str(choice.tier) == (tier if holds else "default")
+            if holds:
+                assert (choice.algorithm, choice.config.as_dict()) == (won, config)
+            entry = next(Store().entries()).entry
+            found = changes(entry, operator)
+            assert found.stale == (not holds)
+            assert found.outdated == (holds and "source-2" in changed.values())
+            others = {name for name in changed if name != won and changed[name] == "source-2"}
+            assert set(found.changed) == others
+            assert all(name in str(found) for name in others)
+
+
+def test_an_algorithm_that_came_since_makes_an_entry_outdated(cache: Path) -> None:
+    entry = winner(1)
+    older = replace(entry, sources={n: s for n, s in entry.sources.items() if n != "vector"})
+    assert not changes(entry, OPERATOR).outdated
+    assert changes(older, OPERATOR).added == ("vector",) and changes(older, OPERATOR).outdated
+    # One that does not serve the problem is no news.
+    unserved = replace(entry, sources={n: s for n, s in entry.sources.items() if n != "picky"})
+    assert not changes(unserved, OPERATOR).outdated
+    Store().save(ENV, older)
+    assert found(64) == ("exact", 1)
+
+
+def test_a_stale_entry_of_the_user_lets_a_shared_one_serve(cache: Path, tmp_path: Path) -> None:
+    Store().save(ENV, winner(1, source="source-0", created="2027-01-01"))
+    Store(tmp_path / "team").save(ENV, winner(2))
+    with settings.override(cache_path=(tmp_path / "team",)):
+        assert found(64) == ("exact", 2)
+        assert found(63) == ("bucket", 2)
 
 
 def test_a_winner_that_cannot_serve_is_passed_over(cache: Path) -> None:
     Store().save(ENV, entry_of(trial(0, 10.0), trial(0, 5.0, algorithm="picky")))
     Store().save(ENV, winner(2, size=63))
     assert found(64, operator=Scale(Fine(), Picky())) == ("bucket", 2)
+    assert found(64, operator=Scale(Fine())) == ("bucket", 2)  # there is no picky any more
+    odd = replace(trial(1, 5.0), config={"length": 1})
+    Store().save(ENV, entry_of(trial(0, 10.0), odd), replace_old=True)
     entries.warn_once.cache_clear()
     tables.invalidate()
-    with pytest.warns(UserWarning, match=r"is ignored: algorithm: expected fine, got 'picky'"):
+    with pytest.warns(UserWarning, match=r"is ignored: config: expected integers .'variant'"):
         assert found(64, operator=Scale(Fine())) == ("bucket", 2)
 
 
@@ -229,7 +281,7 @@ def test_required_entries(cache: Path, tmp_path: Path) -> None:
         assert "TRITONCONV_REQUIRE_TUNED" in text
         with pytest.raises(NotTunedError, match=r"dtype .wanted bfloat16, found float32"):
             tables.choose(OPERATOR, ScaleProblem(64, "bfloat16"), DEVICE)
-        with pytest.raises(NotTunedError, match=r"kernel sources .stale: tuned with source-1"):
+        with pytest.raises(NotTunedError, match=r"the source of fine .stale: tuned with source-1"):
             tables.choose(Scale(source="source-2"), ScaleProblem(64), DEVICE)
         with settings.override(autotune="off"), pytest.raises(NotTunedError):
             tables.choose(OPERATOR, ScaleProblem(64), DEVICE)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 import tritonconv  # registers the operators  # noqa: F401
-from tritonconv.autotune.bundle import file_name, stale
+from tritonconv.autotune.bundle import file_name, outdated, stale
 from tritonconv.autotune.verify import rebuild
-from tritonconv.runtime.entries import load_bundle
+from tritonconv.runtime.entries import Entry, load_bundle
 from tritonconv.runtime.environment import Environment
+from tritonconv.runtime.freshness import changes
 from tritonconv.runtime.operators import operator_names
 from tritonconv.runtime.tables import packaged_directory
 
@@ -43,15 +45,21 @@ def test_a_packaged_table_loads_and_is_valid(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", BUNDLES, ids=lambda path: path.stem)
-def test_stale_packaged_entries_are_listed(path: Path) -> None:
-    """A change of a kernel may leave tables behind; that is said here and mended on a GPU."""
+def test_packaged_entries_serve(path: Path) -> None:
+    """A change of a kernel leaves entries behind that serve nothing: tune and export them again.
+
+    Those to which only another algorithm has changed go on serving, and are listed.
+    """
     bundle = load_bundle(path)
-    counts: dict[str, int] = {}
-    for entry in stale(bundle):
-        counts[entry.operator] = counts.get(entry.operator, 0) + 1
-    for name, count in counts.items():
-        total = sum(entry.operator == name for entry in bundle.entries)
-        warnings.warn(
-            f"{path.name}: {count} of {total} entries of {name} are stale: tune and export again",
-            stacklevel=1,
-        )
+    for (name, since), count in _counted(outdated(bundle)).items():
+        print(f"{path.name}: {count} entries of {name} are outdated ({since})")
+    lines = [
+        f"{count} entries of {name} are stale ({since})"
+        for (name, since), count in _counted(stale(bundle)).items()
+    ]
+    assert not lines, f"{path.name}, tune and export again: " + "; ".join(lines)
+
+
+def _counted(entries: Iterable[Entry]) -> Counter[tuple[str, str]]:
+    """Entries by operator and what has changed since."""
+    return Counter((entry.operator, str(changes(entry))) for entry in entries)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from autotune_entries import DEVICE, ENV, entry_of, trial, winner
+from autotune_fakes import Scale
 
 from tritonconv.autotune.store import Store, merge
 from tritonconv.runtime import tables
@@ -23,7 +24,7 @@ def test_an_entry_is_read_back_and_its_environment_lies_beside_it(tmp_path: Path
     entry = entry_of(trial(0, 10.0), trial(1, 5.0))
     stored = store.save(ENV, entry)
     assert tables.read_entry(stored.path) == entry == stored.entry
-    assert json.loads(stored.path.read_text())["schema_version"] == 1
+    assert json.loads(stored.path.read_text())["schema_version"] == 2
     assert next(iter(json.loads(stored.path.read_text()))) == "schema_version"
     described = json.loads((stored.path.parents[1] / "environment.json").read_text())
     assert described["device"]["name"] == DEVICE.name
@@ -43,11 +44,10 @@ def test_saving_again_keeps_timings_and_chooses_anew() -> None:
     [
         entry_of(trial(0, 10.0), trial(1, 5.0), source="older source"),
         replace(entry_of(trial(0, 10.0), trial(1, 5.0)), policy="eager"),
-        replace(entry_of(trial(0, 10.0), trial(1, 5.0)), space_hash="space-2"),
         entry_of(trial(0, 10.0), trial(1, 5.0), size=65),
         None,
     ],
-    ids=["source", "policy", "space", "problem", "nothing"],
+    ids=["source", "policy", "problem", "nothing"],
 )
 def test_what_cannot_be_compared_is_not_merged(old: Entry | None) -> None:
     new = entry_of(trial(0, 10.0), trial(2, 7.0))
@@ -58,18 +58,67 @@ def test_an_unchecked_trial_cannot_be_elected() -> None:
     assert entry_of(trial(0, 10.0), trial(1, 1.0, "timed")).best.config == {"variant": 0}
 
 
-def test_a_grown_space_finds_the_trials_of_the_newest_smaller_one(tmp_path: Path) -> None:
+def test_a_problem_and_a_policy_have_one_entry_whatever_sources_and_space(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    identity = ("fake.scale", entry_of(trial(0, 1.0)).problem, "source-1")
-    assert store.load(ENV, *identity, "graph-cold", "space-3") is None
-    older = winner(1, created="2026-01-01", space_hash="space-1")
+    identity = ("fake.scale", entry_of(trial(0, 1.0)).problem)
+    assert store.load(ENV, *identity, "graph-cold") is None
+    older = winner(1, created="2026-01-01", space_hash="space-1", source="source-0")
     newer = winner(2, created="2026-02-01", space_hash="space-2")
-    for entry in (newer, older, winner(3, created="2026-03-01", policy="eager")):
+    for entry in (older, newer, winner(3, created="2026-03-01", policy="eager")):
         store.save(ENV, entry)
-    assert store.load(ENV, *identity, "graph-cold", "space-1") == older
-    assert store.load(ENV, *identity, "graph-cold", "space-3") == newer
-    assert store.load(ENV, *identity, "graph-hot", "space-3") is None
-    assert store.load(ENV, "fake.scale", identity[1], "source-2", "graph-cold", "space-1") is None
+    assert store.load(ENV, *identity, "graph-cold") == newer
+    assert store.load(ENV, *identity, "graph-hot") is None
+    assert len(list(store.entries())) == 2
+
+
+def test_where_it_is_allowed_the_newest_of_another_variant_gives_its_timings(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path)
+    for number, created in enumerate(("2026-02-01", "2026-03-01", "2026-01-01")):
+        entry = winner(1 + number, created=created)
+        store.save(ENV, replace(entry, problem={**entry.problem, "configs": str(number)}))
+    wanted = {**entry.problem, "configs": "other"}
+    assert store.load(ENV, "fake.scale", wanted, "graph-cold") is None
+    found = store.load(ENV, "fake.scale", wanted, "graph-cold", ("configs",))
+    assert found is not None and found.best.config == {"variant": 2}
+    assert store.load(ENV, "fake.scale", wanted, "eager", ("configs",)) is None
+    longer = {**wanted, "size": 65}
+    assert store.load(ENV, "fake.scale", longer, "graph-cold", ("configs",)) is None
+    own = store.load(ENV, "fake.scale", {**wanted, "configs": "2"}, "graph-cold", ("configs",))
+    assert own is not None and own.best.config == {"variant": 3}
+
+
+def test_merging_keeps_the_trials_of_algorithms_that_have_not_changed() -> None:
+    old = entry_of(trial(0, 10.0), trial(1, 5.0), trial(0, 4.0, algorithm="aten"))
+    new = entry_of(trial(0, 9.0), trial(2, 7.0), changed={"fine": "source-2"})
+    merged = merge(new, old)
+    assert [(t.algorithm, t.config["variant"]) for t in merged.trials] == [
+        ("fine", 0), ("fine", 2), ("aten", 0),
+    ]  # fmt: skip
+    assert merged.best.algorithm == "aten" and merged.sources == new.sources
+    # One that nobody knows any more is not elected.
+    gone = {k: v for k, v in new.sources.items() if k != "aten"}
+    assert merge(replace(new, sources=gone), old).best.config == {"variant": 2}
+
+
+def test_merging_with_a_table_from_elsewhere_prefers_todays_source_of_every_algorithm() -> None:
+    today = {"fine": "source-2", "aten": "source-1"}
+    here = entry_of(
+        trial(0, 9.0),
+        trial(2, 7.0),
+        trial(0, 1.0, algorithm="aten"),
+        changed={"fine": "source-2", "aten": "source-0"},
+    )
+    there = entry_of(trial(0, 10.0), trial(1, 5.0), trial(0, 6.0, algorithm="aten"))
+    for new, old in ((here, there), (there, here)):
+        merged = merge(new, old, today)
+        times = {
+            (t.algorithm, t.config["variant"]): t.timing.p50 for t in merged.trials if t.timing
+        }
+        assert times == {("fine", 0): 9.0, ("fine", 2): 7.0, ("aten", 0): 6.0}
+        assert {name: merged.sources[name] for name in today} == today
+        assert merged.best.algorithm == "aten" and merged.default == here.default
 
 
 def test_an_entry_from_elsewhere_is_adopted_where_it_is_faster(tmp_path: Path) -> None:
@@ -78,8 +127,22 @@ def test_an_entry_from_elsewhere_is_adopted_where_it_is_faster(tmp_path: Path) -
     assert store.adopt(ENV, winner(2, 6.0)) is None
     assert store.adopt(ENV, winner(3, 6.0, space_hash="space-2")) is None
     assert store.adopt(ENV, winner(4, 4.0, space_hash="space-3", created="2025-01-01")) is not None
-    newest = store.siblings(ENV, "fake.scale", winner(1).problem, "source-1", "graph-cold")[0]
-    assert newest.entry.best.config == {"variant": 4}  # what lookups take
+    (stored,) = store.entries()
+    assert stored.entry.best.config == {"variant": 4}
+
+
+@pytest.mark.parametrize("created", ["2025-01-01", "2027-01-01"])
+def test_an_entry_that_serves_is_adopted_for_a_stale_one_and_not_the_other_way(
+    tmp_path: Path, scale: Scale, created: str
+) -> None:
+    store = Store(tmp_path)
+    stale = winner(1, 2.0, source="source-0", created="2026-01-01")
+    serving = winner(2, 6.0, created=created)
+    assert store.adopt(ENV, stale) is not None  # it harms nobody
+    assert store.adopt(ENV, serving) is not None
+    assert store.adopt(ENV, stale) is None
+    (stored,) = store.entries()
+    assert stored.entry == serving
 
 
 _WRITER = """
@@ -123,7 +186,7 @@ def _start(writers: list[subprocess.Popen[str]]) -> None:
 def _whole(root: Path) -> dict[int, set[int]]:
     """Variants in the entries of every problem; a file that is no whole entry fails the test."""
     found = {}
-    for path in root.glob("v1/*/fake.scale/*.json"):
+    for path in root.glob("v2/*/fake.scale/*.json"):
         entry = Entry.from_json(json.loads(path.read_text()))
         assert path.stem == entry.key()
         size = entry.problem["size"]

@@ -88,9 +88,38 @@ def test_explain_knows_stale_entries(cache: Path, scale: Scale) -> None:
     value = as_json(cache, "explain", scale.name, "size=64")
     assert value["is_miss"]
     assert value["nearest"][0]["differences"] == [
-        {"field": "source_hash", "wanted": "source-1", "found": "source-0"}
+        {"field": "source.fine", "wanted": "source-1", "found": "source-0"}
     ]
-    assert "source_hash (stale)" in invoke(cache, "explain", scale.name, "size=64").stdout
+    text = invoke(cache, "explain", scale.name, "size=64").stdout
+    assert "the source of fine (stale)" in text
+
+
+@no_gpu
+def test_what_is_outdated_serves_and_is_named(cache: Path, scale: Scale, lab: PlaybackLab) -> None:
+    scale._algorithms = scale._algorithms[1:]
+    entry = winner(1, changed={"aten": "source-0"})
+    Store().save(ENV, entry)
+    for verb in ("explain", "show"):
+        value = as_json(cache, verb, scale.name, "size=64")
+        assert value["choice"]["tier"] == "exact"
+        assert (value.get("served_by") or value)["outdated"] == ["aten"]
+        assert "changed: aten" in invoke(cache, verb, scale.name, "size=64").stdout
+    (row,) = as_json(cache, "list", "--cached")["entries"]
+    assert (row["stale"], row["outdated"]) == (False, ["aten"])
+    assert "outdated" in invoke(cache, "list", "--cached").stdout
+    value = as_json(cache, "verify")
+    assert (value["counts"]["passed"], value["outdated"]) == (1, 1)
+    assert value["results"][0]["outdated"] == "changed: aten"
+    assert "changed: aten" in invoke(cache, "verify").stderr
+    assert as_json(cache, "clean")["files"] == []
+
+    scale.changed = {"fine": "source-2"}
+    assert as_json(cache, "show", scale.name, "size=64")["entry"] is None
+    (row,) = as_json(cache, "list", "--cached")["entries"]
+    assert row["stale"] and row["changes"] == "changed: fine, aten"
+    (row,) = as_json(cache, "verify", code=3)["results"]
+    assert "fine has changed" in row["reason"]
+    assert [row["why"] for row in as_json(cache, "clean")["files"]] == ["stale"]
 
 
 def test_compare_and_its_exit_code(cache: Path, tmp_path: Path, scale: Scale) -> None:
@@ -209,8 +238,8 @@ def test_export_import_merge(cache: Path, tmp_path: Path, scale: Scale) -> None:
 def test_clean_shows_before_it_deletes(cache: Path, scale: Scale) -> None:
     store = Store(cache / "tuned")
     assert as_json(cache, "clean")["files"] == []
-    good = store.save(ENV, winner(1, created="2026-02-01", space_hash="grown")).path
-    store.save(ENV, winner(1, created="2026-01-01", space_hash="small"))
+    good = store.save(ENV, winner(1, created="2026-02-01")).path
+    store.save(ENV, winner(1, size=3, changed={"aten": "source-0"}))  # outdated: it serves
     store.save(ENV, winner(1, size=2, source="source-0"))
     unknown = good.parents[1] / "kernel.mine" / good.name
     unknown.parent.mkdir()
@@ -221,14 +250,14 @@ def test_clean_shows_before_it_deletes(cache: Path, scale: Scale) -> None:
     (good.parent / ".def.tmp").write_text("")  # of a writer that is at work now
 
     value = as_json(cache, "clean")
-    whys = ["abandoned", "stale", "superseded", "unreadable"]
+    whys = ["abandoned", "stale", "unreadable"]
     assert sorted(row["why"] for row in value["files"]) == whys and value["deleted"] == 0
     assert all(Path(row["path"]).exists() for row in value["files"])
     assert [row["why"] for row in as_json(cache, "clean", "--stale")["files"]] == ["stale"]
     assert "--yes" in invoke(cache, "clean").stderr
     value = as_json(cache, "clean", "--yes", "--op", "fake")
-    assert value["deleted"] == 4 and not any(Path(r["path"]).exists() for r in value["files"])
-    assert [stored.path for stored in store.entries()] == [good]
+    assert value["deleted"] == 3 and not any(Path(r["path"]).exists() for r in value["files"])
+    assert {stored.entry.problem["size"] for stored in store.entries()} == {64, 3}
     assert as_json(cache, "clean", "--yes")["files"] == []
 
     assert as_json(cache, "clean", "--older-than", "5200w")["files"] == []
@@ -273,7 +302,7 @@ def test_the_verbs_of_the_installed_command(tmp_path: Path) -> None:
     entry = tables.Entry(
         operator.name,
         dict(problem.fields()),
-        operator.source_hash(),
+        operator.source_hashes(),
         "graph-cold",
         ENV.as_dict(),
         aten,

@@ -102,8 +102,8 @@ def test_every_problem_is_made_again_from_its_fields(problem: ConvProblem) -> No
     fields = problem.fields()
     again = operator.parse(fields)
     assert dict(again.fields()) == dict(fields)
-    key = problem_key(operator.name, fields, "source")
-    assert problem_key(operator.name, again.fields(), "source") == key
+    key = problem_key(operator.name, fields)
+    assert problem_key(operator.name, again.fields()) == key
     assert again.operator == problem.operator
     assert (again.flops(), again.wide) == (problem.flops(), problem.wide)
 

@@ -55,7 +55,7 @@ def test_a_tuned_call_is_explained_by_its_entry() -> None:
     entry = Entry(
         operator.name,
         dict(call.problem.fields()),
-        operator.source_hash(),
+        operator.source_hashes(),
         "graph-cold",
         env.as_dict(),
         slow,

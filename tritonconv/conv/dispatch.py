@@ -11,10 +11,10 @@ import torch
 from ..runtime.device import DeviceFacts, device_facts
 from ..runtime.errors import bad_value
 from ..runtime.launch import Executable
-from ..runtime.operators import Algorithm, Operator, register, source_hash_of
+from ..runtime.operators import Algorithm, Operator, register
 from ..runtime.plan import LaunchPlan
 from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
-from .algorithms import ALGORITHMS, common, implicit_gemm, tiles, windows
+from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
 from .algorithms.common import slot_names
 from .epilogue import apply_with_torch, build_epilogue
@@ -35,11 +35,6 @@ class ConvOperator(Operator):
     def algorithms(self) -> tuple[Algorithm, ...]:
         """All convolution algorithms."""
         return ALGORITHMS
-
-    def source_hash(self) -> str:
-        """Hash over the algorithms and the kernels that they share."""
-        files = [module.__file__ for module in (common, implicit_gemm, tiles, windows)]
-        return super().source_hash()[:8] + source_hash_of(str(file) for file in files)[:8]
 
     def parse(self, fields: Mapping[str, Any]) -> ConvProblem:
         """Build a problem; ``epilogue="fused"`` adds a bias and a ReLU."""

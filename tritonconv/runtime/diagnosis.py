@@ -13,6 +13,7 @@ from .operators import Field, Operator, Problem
 from .sources import Source
 
 Value = Field | None
+_SOURCE = "source."
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,16 @@ class Difference:
     found: Value
 
     def __str__(self) -> str:
-        if self.field == "source_hash":
-            return f"kernel sources (stale: tuned with {self.found}, now {self.wanted})"
+        if self.stale_algorithm:
+            now = self.wanted or "gone"
+            tuned = _shown(self.found)
+            return f"the source of {self.stale_algorithm} (stale: tuned with {tuned}, now {now})"
         return f"{self.field} (wanted {_shown(self.wanted)}, found {_shown(self.found)})"
+
+    @property
+    def stale_algorithm(self) -> str:
+        """The entry's winner, where what differs is its source."""
+        return self.field.removeprefix(_SOURCE) if self.field.startswith(_SOURCE) else ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,8 @@ def near_misses(
 
     Near is who differs in the fewest fields, the device counting as one; then whose sizes do least.
     """
-    wanted = key_fields(env.as_dict(), operator.source_hash(), problem.fields())
+    wanted = key_fields(env.as_dict(), problem.fields())
+    current = operator.source_hashes()
     found = []
     for source in sources:
         environments = (env, *source.environments())
@@ -63,30 +72,32 @@ def near_misses(
             for place in dict.fromkeys(environments)
             for row in source.entries(place, operator.name)
         ]
-        ranked = [(*_compare(wanted, row.entry), row.path, row.entry) for row in located]
+        ranked = [(*_compare(wanted, current, row.entry), row.path, row.entry) for row in located]
         if ranked:
             (_, differences, path, entry) = min(ranked, key=lambda row: (row[0], str(row[2])))
             found.append(NearMiss(source.name, entry, path, differences))
     return tuple(found)
 
 
-def key_fields(
-    environment: Mapping[str, Any], source_hash: str, problem: Mapping[str, Field]
-) -> dict[str, Value]:
-    """All that identifies an entry for a lookup, by names such as ``device.name``."""
+def key_fields(environment: Mapping[str, Any], problem: Mapping[str, Field]) -> dict[str, Value]:
+    """What a lookup asks for, by names such as ``device.name``."""
     fields: dict[str, Value] = {}
     for name, value in environment.items():
         if isinstance(value, Mapping):
             fields.update({f"{name}.{part}": item for part, item in value.items()})
         else:
             fields[name] = value
-    return {**fields, "source_hash": source_hash, **problem}
+    return {**fields, **problem}
 
 
 def _compare(
-    wanted: Mapping[str, Value], entry: Entry
+    asked: Mapping[str, Value], current: Mapping[str, str], entry: Entry
 ) -> tuple[tuple[int, float], tuple[Difference, ...]]:
-    have = key_fields(entry.environment, entry.source_hash, entry.problem)
+    """Of the sources only the winner's counts: no entry stops serving for what else changes."""
+    winner = entry.best.algorithm
+    wanted = {**asked, _SOURCE + winner: current.get(winner)}
+    have: dict[str, Value] = key_fields(entry.environment, entry.problem)
+    have[_SOURCE + winner] = entry.sources.get(winner)
     differences = tuple(
         Difference(name, wanted.get(name), have.get(name))
         for name in dict.fromkeys((*wanted, *have))

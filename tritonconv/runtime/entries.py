@@ -18,7 +18,7 @@ from typing import Any
 from .errors import TritonConvError
 from .operators import Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def digest(value: Any) -> str:
@@ -99,7 +99,7 @@ class Entry:
     Attributes:
         operator: its name.
         problem: the fields of the problem.
-        source_hash: of the kernels' sources; an entry of other sources is stale.
+        sources: hash of the source of every algorithm that was in the search, by its name.
         policy: how the candidates were timed.
         environment: device and versions.
         default: the trial of the untuned choice.
@@ -112,7 +112,7 @@ class Entry:
 
     operator: str
     problem: Mapping[str, Field]
-    source_hash: str
+    sources: Mapping[str, str]
     policy: str
     environment: Mapping[str, Any]
     default: Trial
@@ -124,13 +124,11 @@ class Entry:
 
     def problem_key(self) -> str:
         """What :func:`problem_key` gives for this entry."""
-        return problem_key(self.operator, self.problem, self.source_hash)
+        return problem_key(self.operator, self.problem)
 
     def key(self) -> str:
-        """File name without ending: hash of all that identifies the entry in its environment."""
-        return entry_key(
-            self.operator, self.problem, self.source_hash, self.policy, self.space_hash
-        )
+        """File name without ending: what identifies the entry in its environment."""
+        return entry_key(self.operator, self.problem, self.policy)
 
     def age(self) -> tuple[str, str]:
         """Sorts entries of one problem, the newest last; equal dates by key, the same anywhere."""
@@ -148,7 +146,7 @@ class Entry:
             "schema_version": SCHEMA_VERSION,
             "operator": self.operator,
             "problem": dict(self.problem),
-            "source_hash": self.source_hash,
+            "sources": dict(self.sources),
             "space_hash": self.space_hash,
             "policy": self.policy,
             "environment": dict(self.environment),
@@ -171,6 +169,9 @@ class Entry:
             problem = value["problem"]
             if not all(isinstance(v, (str, int, bool)) for v in problem.values()):
                 raise InvalidEntryError("problem fields must be strings, integers or booleans")
+            sources = dict(value["sources"])
+            if not all(isinstance(v, str) for v in sources.values()):
+                raise InvalidEntryError("sources must be hashes by the names of algorithms")
             trials = tuple(trial_from_json(trial) for trial in value["trials"])
             tied = tuple(int(index) for index in value["tied"])
             if any(not 0 <= index < len(trials) for index in tied):
@@ -178,7 +179,7 @@ class Entry:
             return cls(
                 operator=str(value["operator"]),
                 problem=dict(problem),
-                source_hash=str(value["source_hash"]),
+                sources=sources,
                 policy=str(value["policy"]),
                 environment=dict(value["environment"]),
                 default=trial_from_json(value["default"]),
@@ -192,30 +193,23 @@ class Entry:
             raise _invalid(error) from None
 
 
-def problem_key(operator: str, fields: Mapping[str, Field], source_hash: str) -> str:
+def problem_key(operator: str, fields: Mapping[str, Field]) -> str:
     """Hash of what a lookup knows: with it begin the names of all entries that are exact."""
-    return digest(
-        {
-            "schema": SCHEMA_VERSION,
-            "operator": operator,
-            "problem": dict(fields),
-            "source": source_hash,
-        }
-    )
+    return digest({"schema": SCHEMA_VERSION, "operator": operator, "problem": dict(fields)})
 
 
-def entry_key(
-    operator: str, fields: Mapping[str, Field], source_hash: str, policy: str, space_hash: str
-) -> str:
-    """Name of an entry: the problem's key, then a hash of how it was tuned.
+def entry_key(operator: str, fields: Mapping[str, Field], policy: str) -> str:
+    """Name of an entry: the problem's key, then a hash of how it was timed.
+
+    Neither sources nor space are part of it: when they change, the entry is replaced by one that
+    keeps what still holds.
 
     Example:
-        >>> key = entry_key("conv2d.forward", {"batch": 8}, "source", "graph-cold", "space")
-        >>> key.startswith(problem_key("conv2d.forward", {"batch": 8}, "source") + "-")
+        >>> key = entry_key("conv2d.forward", {"batch": 8}, "graph-cold")
+        >>> key.startswith(problem_key("conv2d.forward", {"batch": 8}) + "-")
         True
     """
-    tuned = digest({"policy": policy, "space": space_hash})[:8]
-    return f"{problem_key(operator, fields, source_hash)}-{tuned}"
+    return f"{problem_key(operator, fields)}-{digest(policy)[:8]}"
 
 
 def read_entry(path: Path) -> Entry | None:

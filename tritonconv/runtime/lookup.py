@@ -10,6 +10,7 @@ from typing import Any
 from .device import DeviceFacts
 from .entries import canonical, distance, problem_key, warn_once
 from .environment import Environment
+from .freshness import serves
 from .operators import Config, Field, Operator, Problem
 from .settings import settings
 from .sources import Located, Source
@@ -108,7 +109,7 @@ _NEAREST = 4
 
 
 def newest(found: Iterable[Located]) -> Located | None:
-    """The entry that was made last: the space and the policy are not asked for."""
+    """The entry that was made last: the policy is not asked for."""
     return max(found, key=lambda located: located.entry.age(), default=None)
 
 
@@ -119,7 +120,7 @@ class TunedTable:
         self.environment = env
         self.sources = sources
         self._tables: dict[tuple[str, Operator], _OperatorTable] = {}
-        self._hashes: dict[Operator, str] = {}
+        self._hashes: dict[Operator, Mapping[str, str]] = {}
         self._found: dict[tuple[Operator, Problem], Found] = {}
         self._family: tuple[Environment, ...] | None = None
 
@@ -129,10 +130,12 @@ class TunedTable:
             yield from source.entries(self.environment, operator)
 
     def exact(self, operator: Operator, problem: Problem) -> Iterator[Located]:
-        """The entry of this very problem, with its trials, in every source that has one."""
-        key = problem_key(operator.name, problem.fields(), self._source_hash(operator))
+        """The entry that serves this very problem, with its trials, in every source with one."""
+        key = problem_key(operator.name, problem.fields())
+        current = self._source_hashes(operator)
         for source in self.sources:
-            located = newest(source.exact(self.environment, operator.name, key))
+            found = source.exact(self.environment, operator.name, key)
+            located = newest(row for row in found if serves(row.entry, current))
             if located is not None:
                 yield located
 
@@ -183,10 +186,10 @@ class TunedTable:
             ranked = self._table(operator, env).ranked(place)
             yield from ((Tier.FAMILY, row) for _, row in ranked[:_NEAREST])
 
-    def _source_hash(self, operator: Operator) -> str:
+    def _source_hashes(self, operator: Operator) -> Mapping[str, str]:
         known = self._hashes.get(operator)
         if known is None:
-            known = self._hashes[operator] = operator.source_hash()
+            known = self._hashes[operator] = operator.source_hashes()
         return known
 
     def _table(self, operator: Operator, env: Environment) -> _OperatorTable:
@@ -202,13 +205,13 @@ class TunedTable:
         return table
 
     def effective(self, operator: Operator, env: Environment) -> Iterator[Located]:
-        """The entry that answers for each problem tuned in an environment with these sources."""
-        current = self._source_hash(operator)
+        """The entry that answers for each problem tuned in an environment."""
+        current = self._source_hashes(operator)
         answered: set[str] = set()
         for source in self.sources:
             by_problem: dict[str, list[Located]] = {}
             for located in source.entries(env, operator.name):
-                if located.entry.source_hash == current:
+                if serves(located.entry, current):
                     by_problem.setdefault(canonical(located.entry.problem), []).append(located)
             for problem in sorted(by_problem.keys() - answered):
                 found = newest(by_problem[problem])
@@ -254,7 +257,7 @@ class TunedTable:
             )
             if winners or env == self.environment:
                 rows.append([env.hash, winners])
-        return [operator.name, self._source_hash(operator), rows]
+        return [operator.name, operator.source_hash(), rows]
 
 
 def _choice_of(operator: Operator, problem: Problem, located: Located, tier: Tier) -> Choice | None:

@@ -12,7 +12,8 @@ import functools
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -71,6 +72,8 @@ class Algorithm(ABC):
 
     name: ClassVar[str]
     config_type: ClassVar[type[Config]] = Config
+    sources: ClassVar[tuple[str, ...]] = ()
+    """Modules beside the algorithm's own with kernels or spaces that it shares with others."""
 
     @abstractmethod
     def supports(self, problem: Any) -> str | None:
@@ -117,8 +120,11 @@ class Algorithm(ABC):
         Executable(plan, tuple(tensors))(*tensors.values())
 
     def source_hash(self) -> str:
-        """Hash of the algorithm's source file: a tuned entry of another source is stale."""
-        return _file_hash(inspect.getfile(type(self)))
+        """Hash of all that the algorithm runs: its own file and those of ``sources``.
+
+        What was timed with another source says nothing about the algorithm of today.
+        """
+        return _class_hash(type(self))
 
 
 class Operator(ABC):
@@ -174,23 +180,23 @@ class Operator(ABC):
                 return algorithm
         raise bad_value("algorithm", " | ".join(a.name for a in self.algorithms), repr(name))
 
+    def source_hashes(self) -> Mapping[str, str]:
+        """Hash of every algorithm's source, by its name."""
+        return {algorithm.name: algorithm.source_hash() for algorithm in self.algorithms}
+
     def source_hash(self) -> str:
-        """Hash over the sources of all algorithms."""
-        digest = hashlib.sha256()
-        for algorithm in self.algorithms:
-            digest.update(algorithm.source_hash().encode())
-        return digest.hexdigest()[:16]
+        """One hash over the sources of all algorithms."""
+        text = " ".join(f"{name} {value}" for name, value in self.source_hashes().items())
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@functools.cache
-def _file_hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()[:16]
-
-
-def source_hash_of(paths: Iterable[str]) -> str:
-    """One hash over several source files."""
-    return hashlib.sha256("".join(_file_hash(path) for path in paths).encode()).hexdigest()[:16]
+@functools.cache  # the files of a running process are those that it has imported
+def _class_hash(algorithm: type[Algorithm]) -> str:
+    own = Path(inspect.getfile(algorithm))
+    hashed = hashlib.sha256()
+    for path in (own, *(own.with_name(f"{name}.py") for name in sorted(algorithm.sources))):
+        hashed.update(hashlib.sha256(path.read_bytes()).digest())
+    return hashed.hexdigest()[:16]
 
 
 _OPERATORS: dict[str, Operator] = {}

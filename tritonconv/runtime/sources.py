@@ -2,8 +2,8 @@
 
 Layout of a table directory::
 
-    v1/<environment hash>/environment.json
-    v1/<environment hash>/<operator>/<problem hash>-<policy and space hash>.json
+    v2/<environment hash>/environment.json
+    v2/<environment hash>/<operator>/<problem hash>-<policy hash>.json
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Source(Protocol):
         ...
 
     def exact(self, env: Environment, operator: str, key: str) -> Iterator[Located]:
-        """Entries whose problem key is ``key``: of all policies and spaces."""
+        """Entries whose problem key is ``key``: of all policies and sources."""
         ...
 
     def entries(self, env: Environment, operator: str) -> Iterator[Located]:

@@ -20,6 +20,7 @@ class Dense(Algorithm):
 
     name: ClassVar[str] = "dense"
     config_type = TileConfig
+    sources = ("common", "implicit_gemm", "tiles")
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Ungrouped problems in a dtype of the generated kernels."""

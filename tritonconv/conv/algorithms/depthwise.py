@@ -361,6 +361,7 @@ class Depthwise(Algorithm):
 
     name: ClassVar[str] = "depthwise"
     config_type = DepthwiseConfig
+    sources = ("common", "implicit_gemm", "tiles")
 
     def supports(self, problem: ConvProblem) -> str | None:
         """groups == in_channels > 1."""

@@ -27,6 +27,7 @@ class FewChannel(Algorithm):
 
     name: ClassVar[str] = "few_channel"
     config_type = TileConfig
+    sources = ("common", "implicit_gemm", "tiles", "windows")
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Ungrouped, few input channels, forward or wgrad."""

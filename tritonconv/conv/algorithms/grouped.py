@@ -22,6 +22,7 @@ class Grouped(Algorithm):
 
     name: ClassVar[str] = "grouped"
     config_type = TileConfig
+    sources = ("common", "implicit_gemm", "tiles")
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Several groups of several channels each."""

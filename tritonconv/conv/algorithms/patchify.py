@@ -148,6 +148,7 @@ class Patchify(Algorithm):
 
     name: ClassVar[str] = "patchify"
     config_type = TileConfig
+    sources = ("common", "implicit_gemm", "tiles", "windows")
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Ungrouped windows that tile the input."""

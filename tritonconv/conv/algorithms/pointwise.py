@@ -141,6 +141,7 @@ class Pointwise(Algorithm):
 
     name: ClassVar[str] = "pointwise"
     config_type = TileConfig
+    sources = ("common", "implicit_gemm", "tiles")
 
     def supports(self, problem: ConvProblem) -> str | None:
         """1×1 taps over maps whose rows follow each other without gaps."""
