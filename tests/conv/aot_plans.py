@@ -85,6 +85,8 @@ def cases(
                 more = {"dtype": dtype, "layout": "channels_last"}
                 if direction is Direction.FORWARD:
                     more["epilogue"] = "fused+acc" if dtype == "bfloat16" else "fused"
+                if direction is Direction.DGRAD and dtype == "float16":
+                    more["epilogue"] = "transposed+acc"
                 if dtype == "float32":
                     more["precision"] = "tf32"
                 problem = operator.parse({**fields, **more})

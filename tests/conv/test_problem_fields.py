@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 
 from tritonconv.conv import dispatch
 from tritonconv.conv.problem import (
+    FUSED,
     LAYOUTS,
     ConvProblem,
     Direction,
@@ -70,10 +71,9 @@ def problems(draw: Any) -> ConvProblem:
     forward = direction is Direction.FORWARD
     y_strides = dense_strides(y, draw(st.booleans())) if forward else draw(strides(y))
     epilogue = None
-    if forward and draw(st.booleans()):
-        epilogue = EpilogueSpec(
-            "a function", (dtype,), (draw(strides(y)),), save_acc=draw(st.booleans())
-        )
+    if direction in FUSED and draw(st.booleans()):
+        operand = draw(strides(y if forward else x))
+        epilogue = EpilogueSpec("a function", (dtype,), (operand,), save_acc=draw(st.booleans()))
     return ConvProblem(
         direction,
         batch,
@@ -140,7 +140,8 @@ def test_the_tensors_have_the_strides_of_the_problem(
 ) -> None:
     operator = dispatch.OPERATORS[direction, rank]
     names = dict.fromkeys(("layout", "weight_layout", "output_layout"), layout)
-    fields = {"N": 2, "C": 3, "M": 4, "H": 5, "K": 3, "P": 1, **names, "epilogue": "fused"}
+    fields = {"N": 2, "C": 3, "M": 4, "H": 5, "K": 3, "P": 1, **names}
+    fields["epilogue"] = FUSED.get(direction, "none")
     problem = operator.parse(fields)
     tensors = operator.make_tensors(problem, torch.device("cpu"), torch.Generator())
     strides = {
