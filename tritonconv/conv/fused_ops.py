@@ -28,6 +28,7 @@ from .ops import (
     GEOMETRY,
     conv_fake,
     forward_problem,
+    has_kernels,
     is_channels_last,
     note,
     product_with_torch,
@@ -49,7 +50,7 @@ def _epilogue_impl(
 ) -> tuple[Tensor, Tensor | None]:
     stride, padding, dilation, groups, precision = geometry
     refresh()
-    if not uses_triton(x.device) or x.dim() != 4:
+    if not uses_triton(x.device) or not has_kernels(x):
         if tables.is_recording():
             note(_epilogue_problem(x, w, operands, captures, function, save_acc, geometry))
         acc = product_with_torch(x, w, *geometry)
@@ -149,7 +150,7 @@ def prepared_forward(
     The launch takes (x, w, *operands) and reads operands by pointer: their shapes are settled.
     The second result says whether this holds for later calls too.
     """
-    if not uses_triton(x.device) or x.dim() != 4:
+    if not uses_triton(x.device) or not has_kernels(x):
         return None, True
     if function is None:
         problem = forward_problem(x, w, *geometry)

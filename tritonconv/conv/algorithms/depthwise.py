@@ -138,6 +138,7 @@ def _depthwise_forward_kernel(
         y_rows[:, None] + (o * y_stride_c)[None, :],
         image[:, None],
         o[None, :],
+        row[:, None] * 0,
         row[:, None],
         column[:, None],
         mask_p[:, None] & mask_c[None, :],
@@ -361,12 +362,23 @@ class Depthwise(Algorithm):
 
     name: ClassVar[str] = "depthwise"
     config_type = DepthwiseConfig
-    sources = ("common", "implicit_gemm", "tiles")
+    sources = (
+        "common",
+        "implicit_gemm",
+        "product_dgrad",
+        "product_forward",
+        "product_wgrad",
+        "tiles",
+    )
 
     def supports(self, problem: ConvProblem) -> str | None:
         """groups == in_channels > 1."""
         if not problem.depthwise:
             return "not one input channel per group"
+        if len(problem.in_size) != 2:
+            return "not two spatial axes"
+        if problem.direction is Direction.DGRAD and problem.epilogue is not None:
+            return "an epilogue on the gradient of the input"
         return unsupported_dtype(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseConfig]:

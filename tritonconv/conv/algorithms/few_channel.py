@@ -15,7 +15,7 @@ from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction
 from .common import TileConfig, unsupported_dtype
 from .footprints import product_footprint, window_footprint
-from .implicit_gemm import wgrad_plan
+from .product_wgrad import wgrad_plan
 from .tiles import tile_space
 from .windows import window_forward_plan, window_space
 
@@ -27,7 +27,7 @@ class FewChannel(Algorithm):
 
     name: ClassVar[str] = "few_channel"
     config_type = TileConfig
-    sources = ("common", "implicit_gemm", "tiles", "windows")
+    sources = ("common", "product_wgrad", "tiles", "windows")
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Ungrouped, few input channels, forward or wgrad."""
