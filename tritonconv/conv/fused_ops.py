@@ -27,6 +27,7 @@ from .ops import (
     FORWARD,
     GEOMETRY,
     conv_fake,
+    dgrad_problem,
     forward_problem,
     is_channels_last,
     note,
@@ -142,28 +143,48 @@ def captures_of(function: str) -> bool:
 
 
 def prepared_forward(
-    x: Tensor, w: Tensor, operands: list[Tensor], function: str | None, geometry: tuple[Any, ...]
+    x: Tensor,
+    w: Tensor,
+    operands: list[Tensor],
+    function: str | None,
+    geometry: tuple[Any, ...],
+    result: list[int] | None = None,
+    squeezed: bool = False,
 ) -> tuple[Callable[..., Tensor] | None, bool]:
     """The launch alone, for tensors like these and no gradient; None where PyTorch computes.
 
-    The launch takes (x, w, *operands) and reads operands by pointer: their shapes are settled.
+    The launch takes (x, w, *operands) and reads them by pointer: their shapes are settled.
     The second result says whether this holds for later calls too.
+
+    Args:
+        x, w, operands, function, geometry: of the call.
+        result: spatial extent of a transposed convolution's result; None for a convolution.
+        squeezed: the launch's result has no first spatial axis (which is of size one).
     """
     if not uses_triton(x.device) or x.dim() != 4:
         return None, True
-    if function is None:
-        problem = forward_problem(x, w, *geometry)
-    else:
-        problem = _epilogue_problem(x, w, operands, [], function, False, geometry)
-        if program_of(function).captures:
+    if result is not None:
+        if function is not None:
             return None, True
-    shape, strides, dtype, device = problem.y_shape, problem.y_strides, x.dtype, x.device
-    if 0 in shape or 0 in problem.w_shape:
+        problem = dgrad_problem(x, w, result, geometry)
+        shape, strides = problem.x_shape, problem.x_strides
+    else:
+        if function is None:
+            problem = forward_problem(x, w, *geometry)
+        else:
+            problem = _epilogue_problem(x, w, operands, [], function, False, geometry)
+            if program_of(function).captures:
+                return None, True
+        shape, strides = problem.y_shape, problem.y_strides
+    dtype, device = x.dtype, x.device
+    if 0 in shape or 0 in problem.w_shape or 0 in x.shape:
         return None, True
     prepared = runner(problem, device)
     executable = prepared.executable
     if executable is None or not prepared.asked.final:
         return None, prepared.asked.final
+    if squeezed:
+        shape, strides = (*shape[:2], *shape[3:]), (*strides[:2], *strides[3:])
 
     def forward(x: Tensor, w: Tensor, *operands: Tensor) -> Tensor:
         y = torch.empty_strided(shape, strides, dtype=dtype, device=device)

@@ -150,6 +150,16 @@ def _gradient_problem(
     )
 
 
+def dgrad_problem(
+    grad: Tensor, w: Tensor, in_size: Sequence[int], geometry: tuple[Any, ...]
+) -> ConvProblem:
+    """The input's gradient product of these tensors as a problem."""
+    shape = (grad.shape[0], w.shape[1] * geometry[3], *in_size)
+    strides = dense_strides(shape, result_channels_last(grad, w))
+    weight = (tuple(w.shape), tuple(w.stride()))
+    return _gradient_problem(Direction.DGRAD, (shape, strides), weight, grad, *geometry)
+
+
 def _conv(
     x: Tensor,
     w: Tensor,
