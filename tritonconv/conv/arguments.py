@@ -60,7 +60,7 @@ def pads(
 
 
 def transposed_pads(
-    padding: IntOrInts, output_padding: IntOrInts, stride: list[int], dilation: list[int]
+    padding: IntOrInts | str, output_padding: IntOrInts, stride: list[int], dilation: list[int]
 ) -> tuple[list[int], list[int]]:
     """Flat (low, high) padding of the convolution whose adjoint this is, and the output padding.
 

@@ -43,8 +43,12 @@ def dgrad_epilogue(
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _element_key(function: str) -> str:
+    return _registered_elements(function)
+
+
+@functools.cache
+def _registered_elements(function: str) -> str:
     """The epilogue read from memory: its accumulator is an operand like the others."""
     program = ScalarFunction(program_of(function), ()).with_roles(acc=Role.ELEMENT).program
     return register_program(program)
