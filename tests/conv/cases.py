@@ -34,7 +34,32 @@ PROBLEMS: dict[str, Fields] = {
     "depthwise, dilation": fields(N=1, C=3, M=3, H=9, W=8, K=3, P=2, dilation=2, G=3),
     "one of everything": fields(N=1, C=1, M=1, H=1, W=1, K=1),
     "row of 63": fields(N=1, C=9, M=3, H=1, W=63, K="1x3"),
+    "3x3x3": fields(N=2, C=10, M=7, D=3, H=5, W=4, K=3, P=1),
+    "few channels, stride 2, 3-D": fields(N=1, C=3, M=4, D=4, H=5, W=6, K=3, S=2, P=1),
+    "an axis each": fields(
+        N=1, C=9, M=5, D=5, H=6, W=7, K="2x3x1", S="2x1x3", P="1x0x2", dilation="1x2x1"
+    ),
+    "stride 2, dilation 2, 3-D": fields(N=1, C=9, M=4, D=7, H=6, W=5, K=3, S=2, P=2, dilation=2),
+    "1x1x1": fields(N=2, C=17, M=9, D=2, H=3, W=5, K=1),
+    "3-D patches": fields(N=2, C=3, M=6, D=4, H=6, W=4, K="2x3x2", S="2x3x2"),
+    "3-D patches with a rest": fields(N=1, C=9, M=4, D=5, H=6, W=5, K=2, S=2),
+    "groups, 3-D": fields(N=1, C=8, M=6, D=3, H=4, W=5, K="3x3x2", P="1x1x0", G=2),
+    "depth of one": fields(N=1, C=9, M=6, D=1, H=5, W=4, K="1x3x3", P="0x1x1"),
 }
 
+
+def rank_of(case: Fields) -> int:
+    """Number of spatial axes of a problem."""
+    return 3 if "D" in case else 2
+
+
 # One per algorithm, for the longer products with dtypes and configs.
-KINDS = ("3x3", "few channels", "1x1", "patches", "groups", "depthwise, multiplier, stride 2")
+KINDS = (
+    "3x3",
+    "few channels",
+    "1x1",
+    "patches",
+    "groups",
+    "depthwise, multiplier, stride 2",
+    "an axis each",
+)

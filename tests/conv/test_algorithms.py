@@ -14,7 +14,7 @@ from tritonconv.runtime.device import device_facts
 from tritonconv.runtime.operators import Config
 from tritonconv.runtime.tables import Choice, Tier
 
-from .cases import KINDS, PROBLEMS, Fields
+from .cases import KINDS, PROBLEMS, Fields, rank_of
 
 pytestmark = pytest.mark.interpreter
 
@@ -35,8 +35,8 @@ def served(
     return [
         (name, direction, algorithm.name)
         for (direction, rank), operator in OPERATORS.items()
-        if rank == 2
         for name in names
+        if rank == rank_of(PROBLEMS[name])
         for algorithm in operator.candidates(operator.parse(PROBLEMS[name]))
         if not (kernels_only and algorithm.name == "aten")
     ]
@@ -55,7 +55,7 @@ def run_and_check(
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Run one algorithm on fresh tensors whose outputs hold NaN, and judge every output."""
-    operator = OPERATORS[direction, 2]
+    operator = OPERATORS[direction, rank_of(fields)]
     problem = operator.parse(fields)
     assert isinstance(problem, ConvProblem)
     algorithm = operator.algorithm(name)
@@ -101,7 +101,7 @@ def test_layouts(
 @pytest.mark.parametrize(("case", "direction"), [(c, d) for c in KINDS for d in Direction], ids=ids)
 def test_dtypes(case: str, direction: Direction, dtype: str, device: torch.device) -> None:
     fields = {**PROBLEMS[case], **DTYPES[dtype]}
-    operator = OPERATORS[direction, 2]
+    operator = OPERATORS[direction, rank_of(fields)]
     names = [a.name for a in operator.candidates(operator.parse(fields))]
     assert names == ["aten"] if dtype == "float64" else len(names) >= 1
     for name in names:
@@ -129,7 +129,7 @@ def other_configs(algorithm: object, problem: ConvProblem) -> list[Config]:
 def test_other_configs(
     case: str, direction: Direction, algorithm: str, device: torch.device
 ) -> None:
-    operator = OPERATORS[direction, 2]
+    operator = OPERATORS[direction, rank_of(PROBLEMS[case])]
     problem = operator.parse(PROBLEMS[case])
     configs = other_configs(operator.algorithm(algorithm), problem)
     assert configs
@@ -176,7 +176,7 @@ def test_fused_bias_and_relu(
 def test_the_same_bits_twice(
     case: str, direction: Direction, algorithm: str, device: torch.device
 ) -> None:
-    operator = OPERATORS[direction, 2]
+    operator = OPERATORS[direction, rank_of(PROBLEMS[case])]
     config = operator.algorithm(algorithm).configs(operator.parse(PROBLEMS[case]), device_facts())[
         0
     ]
@@ -197,12 +197,19 @@ def test_every_algorithm_is_exercised_in_every_direction_it_has() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["3x3", "stride 3x2, kernel 2x3", "groups, stride 2", "patches with a rest"]
+    "case",
+    [
+        "3x3",
+        "stride 3x2, kernel 2x3",
+        "groups, stride 2",
+        "patches with a rest",
+        "an axis each",
+    ],
 )
 def test_the_operators_reference_is_pytorchs_convolution(case: str) -> None:
     results = {}
     for direction in Direction:
-        operator = OPERATORS[direction, 2]
+        operator = OPERATORS[direction, rank_of(PROBLEMS[case])]
         problem = operator.parse({**PROBLEMS[case], "dtype": "float64"})
         tensors = operator.make_tensors(
             problem, torch.device("cpu"), torch.Generator().manual_seed(3)
@@ -211,7 +218,8 @@ def test_the_operators_reference_is_pytorchs_convolution(case: str) -> None:
     x = results[Direction.WGRAD][0]["input"].requires_grad_()
     w = results[Direction.DGRAD][0]["weight"].requires_grad_()
     geometry = (problem.stride, problem.padding, problem.dilation, problem.groups)
-    y = torch.nn.functional.conv2d(x, w, None, *geometry)
+    conv = {2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[rank_of(PROBLEMS[case])]
+    y = conv(x, w, None, *geometry)
     (grad_x,) = torch.autograd.grad(
         y, x, results[Direction.DGRAD][0]["grad_output"], retain_graph=True
     )
@@ -219,5 +227,5 @@ def test_the_operators_reference_is_pytorchs_convolution(case: str) -> None:
     torch.testing.assert_close(results[Direction.DGRAD][1]["grad_input"], grad_x)
     torch.testing.assert_close(results[Direction.WGRAD][1]["grad_weight"], grad_w)
     tensors, found = results[Direction.FORWARD]
-    expected = torch.nn.functional.conv2d(tensors["input"], tensors["weight"], None, *geometry)
+    expected = conv(tensors["input"], tensors["weight"], None, *geometry)
     torch.testing.assert_close(found["output"], expected)

@@ -111,7 +111,12 @@ def emit_body(program: Traced, graph: fx.Graph) -> str:
     parameters = _parameters(program)
     names = _Names({*parameters.values(), function_name(program)})
     values, coords, elements = (_of_role(program, role) for role in Role)
-    signature = [parameters[a.name] for a in (*values, *coords)]
+    known_coords = {a.name: parameters[a.name] for a in coords}
+    called_with = [
+        known_coords[name] if name in known_coords else names.new(name)
+        for name in program.frame or known_coords
+    ]
+    signature = [*(parameters[a.name] for a in values), *called_with]
     known: dict[fx.Node, str] = {}
     lines: list[str] = []
     coord_names = [parameters[a.name] for a in coords]

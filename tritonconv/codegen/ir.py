@@ -168,7 +168,8 @@ class Traced:
     """A traced scalar function without its tensors, as data.
 
     ``graph`` is the program as PyTorch would run it (activations and their ``*_backward`` operators
-    whole, so that derivatives are PyTorch's own).
+    whole, so that derivatives are PyTorch's own). ``frame`` names the coordinates that the emitted
+    function is called with, where these are more than the program has.
     """
 
     origin: Origin
@@ -179,6 +180,7 @@ class Traced:
     loads: tuple[Load, ...]
     graph: fx.Graph
     wide: bool = False
+    frame: tuple[str, ...] = ()
     lineage: tuple[str, ...] = ()
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 

@@ -235,6 +235,20 @@ class ScalarFunction:
             return self
         return ScalarFunction(self.program.changed(wide=wide), self.captures)
 
+    def with_frame(self, axes: Sequence[str]) -> ScalarFunction:
+        """The same program, emitted for a caller that has these coordinates and maybe more.
+
+        Args:
+            axes: Names of the caller's coordinates, in the order of the call.
+        """
+        own = [a.name for a in self.arguments if a.role is Role.COORD]
+        if [name for name in axes if name in own] != own:
+            raise bad_value("with_frame", f"coordinates with {', '.join(own)} among them", axes)
+        frame = () if list(axes) == own else tuple(axes)
+        if frame == self.program.frame:
+            return self
+        return ScalarFunction(self.program.changed(frame=frame), self.captures)
+
     def __call__(
         self, *arguments: Tensor, captures: Sequence[Tensor] | None = None
     ) -> Tensor | tuple[Tensor, ...]:

@@ -14,7 +14,15 @@ from ..runtime.launch import Executable
 from ..runtime.operators import Algorithm, Operator, register, source_hash_of
 from ..runtime.plan import LaunchPlan
 from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
-from .algorithms import ALGORITHMS, common, implicit_gemm, tiles, windows
+from .algorithms import (
+    ALGORITHMS,
+    common,
+    product_dgrad,
+    product_forward,
+    product_wgrad,
+    tiles,
+    windows,
+)
 from .algorithms.aten import Aten
 from .algorithms.common import slot_names
 from .epilogue import apply_with_torch, build_epilogue
@@ -38,7 +46,8 @@ class ConvOperator(Operator):
 
     def source_hash(self) -> str:
         """Hash over the algorithms and the kernels that they share."""
-        files = [module.__file__ for module in (common, implicit_gemm, tiles, windows)]
+        shared = (common, product_forward, product_dgrad, product_wgrad, tiles, windows)
+        files = [module.__file__ for module in shared]
         return super().source_hash()[:8] + source_hash_of(str(file) for file in files)[:8]
 
     def parse(self, fields: Mapping[str, Any]) -> ConvProblem:
@@ -164,10 +173,11 @@ def as_tf32(t: Tensor) -> Tensor:
 ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
 
 OPERATORS: dict[tuple[Direction, int], ConvOperator] = {}
-for _direction in Direction:
-    _operator = ConvOperator(_direction, 2)
-    OPERATORS[_direction, 2] = _operator
-    register(_operator)
+for _rank in (2, 3):
+    for _direction in Direction:
+        _operator = ConvOperator(_direction, _rank)
+        OPERATORS[_direction, _rank] = _operator
+        register(_operator)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from .ops import (
     conv_fake,
     dgrad_problem,
     forward_problem,
+    has_kernels,
     is_channels_last,
     note,
     product_with_torch,
@@ -50,7 +51,7 @@ def _epilogue_impl(
 ) -> tuple[Tensor, Tensor | None]:
     stride, padding, dilation, groups, precision = geometry
     refresh()
-    if not uses_triton(x.device) or x.dim() != 4:
+    if not uses_triton(x.device) or not has_kernels(x):
         if tables.is_recording():
             note(_epilogue_problem(x, w, operands, captures, function, save_acc, geometry))
         acc = product_with_torch(x, w, *geometry)
@@ -161,7 +162,7 @@ def prepared_forward(
         result: spatial extent of a transposed convolution's result; None for a convolution.
         squeezed: the launch's result has no first spatial axis (which is of size one).
     """
-    if not uses_triton(x.device) or x.dim() != 4:
+    if not uses_triton(x.device) or not has_kernels(x):
         return None, True
     if result is not None:
         if function is not None:

@@ -53,7 +53,7 @@ def empty(shape: Sequence[Any], dtype: torch.dtype, device: Any, channels_last: 
     """A fresh dense tensor in either memory format."""
     form = torch.contiguous_format
     if channels_last:
-        form = {3: form, 4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)]
+        form = pytorch.CHANNELS_LAST.get(len(shape), form)
     return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=form)
 
 
@@ -78,8 +78,14 @@ def refresh() -> None:
 
 def note(problem: ConvProblem) -> None:
     """Let a recording see a problem that PyTorch serves (CPU tensors)."""
-    if tables.is_recording() and len(problem.in_size) == 2:
-        tables.note(dispatch.OPERATORS[problem.direction, 2], problem)
+    operator = dispatch.OPERATORS.get((problem.direction, len(problem.in_size)))
+    if operator is not None and tables.is_recording():
+        tables.note(operator, problem)
+
+
+def has_kernels(t: Tensor) -> bool:
+    """Whether kernels serve maps of so many axes; PyTorch computes the others."""
+    return (Direction.FORWARD, t.dim() - 2) in dispatch.OPERATORS
 
 
 def forward_problem(
@@ -228,8 +234,8 @@ def _prepare_forward(
     precision: str,
 ) -> tuple[Runner | None, tuple[int, ...], tuple[int, ...]]:
     problem = forward_problem(x, w, stride, padding, dilation, groups, precision)
-    triton = uses_triton(x.device) and 0 not in problem.y_shape and 0 not in problem.w_shape
-    triton = triton and len(problem.in_size) == 2
+    triton = uses_triton(x.device) and has_kernels(x)
+    triton = triton and 0 not in problem.y_shape and 0 not in problem.w_shape
     if not triton:
         note(problem)
         return None, problem.y_shape, problem.y_strides
@@ -319,7 +325,7 @@ def _gradient(
         result, given = (shape, strides), (tuple(other.shape), tuple(other.stride()))
         x, w = (result, given) if direction is Direction.DGRAD else (given, result)
         problem = _gradient_problem(direction, x, w, grad, *geometry)
-        if not uses_triton(grad.device) or len(shape) != 4:
+        if not uses_triton(grad.device) or not has_kernels(grad):
             note(problem)
             return _gradient_with_torch(problem, grad, other, channels_last, geometry)
         found = (runner(problem, grad.device), shape, strides)
@@ -361,9 +367,8 @@ def _pytorch_settings(t: Tensor, precision: str) -> AbstractContextManager[None]
 
 
 def _as_format(t: Tensor, channels_last: bool) -> Tensor:
-    if channels_last and t.dim() == 4:
-        return t.contiguous(memory_format=torch.channels_last)
-    return t.contiguous()
+    form = pytorch.CHANNELS_LAST.get(t.dim()) if channels_last else None
+    return t.contiguous() if form is None else t.contiguous(memory_format=form)
 
 
 def _dgrad_fake(

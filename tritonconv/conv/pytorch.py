@@ -26,6 +26,18 @@ def _symmetric(padding: Pads) -> tuple[list[int], list[int]]:
     return common, extra
 
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format with channels fastest, by the number of dimensions; none for three."""
+
+
+def _format_of(t: Tensor) -> torch.memory_format:
+    """The memory format of a dense tensor: PyTorch allocates a gradient like its operand."""
+    form = CHANNELS_LAST.get(t.dim())
+    if form is not None and t.is_contiguous(memory_format=form):
+        return form
+    return torch.contiguous_format
+
+
 def forward(
     x: Tensor,
     w: Tensor,
@@ -61,13 +73,8 @@ def dgrad(
         for size, low, high in zip(in_size, extra[::2][::-1], extra[1::2][::-1], strict=True)
     ]
     shape = (grad.shape[0], w.shape[1] * groups, *grown)
-    last = grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)
-    x = torch.empty(
-        shape,
-        dtype=grad.dtype,
-        device=grad.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
+    form = _format_of(grad)
+    x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=form)
     zeros = [0] * len(common)
     result = torch.ops.aten.convolution_backward(
         grad,
@@ -98,13 +105,9 @@ def wgrad(
     common, extra = _symmetric(padding)
     if any(extra):
         x = F.pad(x, extra)
-    last = x.dim() == 4 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
-    w = torch.empty(
-        (grad.shape[1], x.shape[1] // groups, *kernel),
-        dtype=grad.dtype,
-        device=grad.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
+    shape = (grad.shape[1], x.shape[1] // groups, *kernel)
+    form = _format_of(x) if x.stride(1) == 1 else torch.contiguous_format
+    w = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=form)
     zeros = [0] * len(common)
     return torch.ops.aten.convolution_backward(
         grad,

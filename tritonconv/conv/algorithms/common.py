@@ -15,6 +15,7 @@ from ...codegen.registry import program_of
 from ...runtime.compat import interpreting
 from ...runtime.operators import Config
 from ...runtime.plan import Arg, Slot
+from ..epilogue import COORDINATES
 from ..problem import ConvProblem, Direction
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -80,9 +81,8 @@ def epilogue_arguments(problem: ConvProblem) -> EpilogueArguments:
     pointers = tuple(Slot(f"element{i}") for i in range(len(spec.element_dtypes)))
     pointers += tuple(Slot(f"capture{i}") for i in range(len(spec.capture_dtypes)))
     strides = tuple(s for group in spec.element_strides + spec.capture_strides for s in group)
-    program = program_of(spec.function)
-    if problem.wide:
-        program = ScalarFunction(program, ()).with_wide().program
+    function = ScalarFunction(program_of(spec.function), ()).with_wide(problem.wide)
+    program = function.with_frame(COORDINATES[3]).program
     return EpilogueArguments(program.jit, pointers, strides, spec.save_acc)
 
 
@@ -141,11 +141,15 @@ def spatial_arguments(problem: ConvProblem) -> tuple[Arg, ...]:
         problem.batch,
         lifted(problem.in_size, 1),
         lifted(problem.out_size, 1),
-        *(
-            (*strides[:2], *lifted(strides[2:], 0))
-            for strides in (problem.x_strides, problem.w_strides, problem.y_strides)
-        ),
+        spatial_strides(problem.x_strides),
+        spatial_strides(problem.w_strides),
+        spatial_strides(problem.y_strides),
     )
+
+
+def spatial_strides(strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides (batch, channel, *spatial) of a tensor with three spatial axes."""
+    return (*strides[:2], *lifted(strides[2:], 0))
 
 
 def spatial_constexprs(problem: ConvProblem) -> dict[str, int]:
@@ -162,6 +166,20 @@ def spatial_constexprs(problem: ConvProblem) -> dict[str, int]:
     }
 
 
+def product_constexprs(problem: ConvProblem, config: TileConfig) -> dict[str, Any]:
+    """Sizes of one group, geometry, precision and tile: what every product is specialised on."""
+    return {
+        "CHANNELS": problem.channels_per_group,
+        "FILTERS": problem.filters_per_group,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        **spatial_constexprs(problem),
+        **precision_constexprs(problem),
+    }
+
+
 @triton.jit
 def position(index, size):
     """(image, plane, row, column) of a flat index over a batch of maps of ``size`` (d, h, w)."""
@@ -170,6 +188,57 @@ def position(index, size):
     plane = (index // (size[2] * size[1])) % size[0]
     image = index // (size[2] * size[1] * size[0])
     return image, plane, row, column
+
+
+@triton.jit
+def pixels_of(batch, size):
+    """Positions in a batch of maps."""
+    return batch * (size[0] * size[1] * size[2])
+
+
+@triton.jit
+def pixel_offset(strides, image, plane, row, column):
+    """Element offset of a position, without its channel."""
+    return image * strides[0] + plane * strides[2] + row * strides[3] + column * strides[4]
+
+
+@triton.jit
+def tap_offset(strides, plane, row, column):
+    """Element offset of a step in space: of a filter's tap, of a pixel within its map."""
+    return plane * strides[2] + row * strides[3] + column * strides[4]
+
+
+@triton.jit
+def inside(mask, plane, row, column, size):
+    """``mask`` and that a position lies in the map."""
+    mask = mask & (plane >= 0) & (plane < size[0])
+    mask = mask & (row >= 0) & (row < size[1])
+    return mask & (column >= 0) & (column < size[2])
+
+
+@triton.jit
+def below(mask, plane, row, column, size):
+    """``mask`` and that a position lies before the map's end on every axis."""
+    return mask & (plane < size[0]) & (row < size[1]) & (column < size[2])
+
+
+@triton.jit
+def tap_position(tap, KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr):
+    """(t, r, s) of a flat filter tap."""
+    t, r = row_position(tap // KERNEL_W, KERNEL_D, KERNEL_H)
+    return t, r, tap % KERNEL_W
+
+
+@triton.jit
+def row_position(line, KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr):
+    """(t, r) of a flat row of a filter. The compiler cannot know that a 2-D one has no other t."""
+    if KERNEL_D == 1:
+        t = line * 0
+        r = line
+    else:
+        t = line // KERNEL_H
+        r = line % KERNEL_H
+    return t, r
 
 
 @triton.jit
@@ -222,6 +291,7 @@ def store_result(
     offsets,
     batch_index,
     channel,
+    plane,
     row,
     column,
     mask,
@@ -236,7 +306,9 @@ def store_result(
     else:
         if SAVE_ACC:
             tl.store(acc_ptr + offsets, acc.to(acc_ptr.dtype.element_ty), mask=mask)
-        result = EPILOGUE(acc, batch_index, channel, row, column, mask, extra_ptrs, extra_strides)
+        result = EPILOGUE(
+            acc, batch_index, channel, plane, row, column, mask, extra_ptrs, extra_strides
+        )
     tl.store(y_ptr + offsets, result.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -246,17 +318,21 @@ def reduce_partials_kernel(
     out_ptr,
     elements,
     splits,
-    stride_o,
-    stride_i,
-    stride_h,
-    stride_w,
+    w_strides,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    KERNEL_D: tl.constexpr,
+    KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[o, c, r, s] = Σ_split partial[split, o, (r, s, c)], added in a fixed order."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """out[o, c, t, r, s] = Σ_split partial[split, o, (t, r, s, c)], added in a fixed order."""
+    first = tl.program_id(0)
+    if WIDE:
+        first = first.to(tl.int64)
+        w_strides = widen_all(w_strides)
+    index = first * BLOCK + tl.arange(0, BLOCK)
     mask = index < elements
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(splits):
@@ -265,11 +341,7 @@ def reduce_partials_kernel(
     filter_index = index // COLUMNS
     column = index % COLUMNS
     channel = column % CHANNELS
-    tap = column // CHANNELS
-    offsets = (
-        filter_index.to(tl.int64) * stride_o
-        + channel * stride_i
-        + (tap // KERNEL_W) * stride_h
-        + (tap % KERNEL_W) * stride_w
-    )
+    t, r, s = tap_position(column // CHANNELS, KERNEL_D, KERNEL_H, KERNEL_W)
+    offsets = filter_index.to(tl.int64) * w_strides[0] + channel * w_strides[1]
+    offsets += tap_offset(w_strides, t, r, s)
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)

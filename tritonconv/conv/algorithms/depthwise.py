@@ -138,6 +138,7 @@ def _depthwise_forward_kernel(
         y_rows[:, None] + (o * y_stride_c)[None, :],
         image[:, None],
         o[None, :],
+        row[:, None] * 0,
         row[:, None],
         column[:, None],
         mask_p[:, None] & mask_c[None, :],
@@ -366,6 +367,8 @@ class Depthwise(Algorithm):
         """groups == in_channels > 1."""
         if not problem.depthwise:
             return "not one input channel per group"
+        if len(problem.in_size) != 2:
+            return "not two spatial axes"
         return unsupported_dtype(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseConfig]:

@@ -15,7 +15,7 @@ from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction
 from .common import TileConfig, unsupported_dtype
 from .footprints import product_footprint, window_footprint
-from .implicit_gemm import wgrad_plan
+from .product_wgrad import wgrad_plan
 from .tiles import tile_space
 from .windows import window_forward_plan, window_space
 

@@ -18,19 +18,25 @@ from ...runtime.space import Choice, ConfigSpace, Footprint, Int, PowerOfTwo
 from ..problem import ConvProblem, Direction
 from .common import (
     TileConfig,
+    epilogue_arguments,
     grouped_tile,
     matmul_step,
-    pixel_arguments,
-    precision_constexprs,
+    pixel_offset,
+    pixels_of,
+    position,
+    product_constexprs,
     slot_dtypes,
+    spatial_arguments,
+    store_result,
+    tap_offset,
     unsupported_dtype,
     widen,
-    widen_strides,
+    widen_all,
 )
 from .footprints import patch_dgrad_footprint, product_footprint, window_footprint
-from .implicit_gemm import wgrad_plan
+from .product_wgrad import wgrad_plan
 from .tiles import flat_rows, order_constraint, power_of_two, tile_constraints, tile_space
-from .windows import flat_filters, window_forward_plan, window_space
+from .windows import flat_filters, window_forward_plan, window_position, window_space
 
 
 @triton.jit
@@ -38,30 +44,25 @@ def _patchify_dgrad_kernel(
     grad_ptr,
     w_ptr,
     x_ptr,
+    acc_ptr,
+    extra_ptrs,
+    extra_strides,
     batch,
-    height,
-    width,
-    out_height,
-    out_width,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    w_stride_o,
-    w_stride_i,
-    w_stride_h,
-    w_stride_w,
-    y_stride_n,
-    y_stride_c,
-    y_stride_h,
-    y_stride_w,
+    in_size,
+    out_size,
+    x_strides,
+    w_strides,
+    y_strides,
     CHANNELS: tl.constexpr,
     FILTERS: tl.constexpr,
+    KERNEL_D: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     CHANNELS_FASTEST: tl.constexpr,
     FLAT_ROWS: tl.constexpr,
     FLAT_FILTERS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -70,77 +71,79 @@ def _patchify_dgrad_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """grad_x[n, c, p·KH + r, q·KW + s] = Σ_o grad_y[n, o, p, q] · w[o, c, r, s]."""
+    """grad_x[n, c, p·kernel + r] = Σ_o grad_y[n, o, p] · w[o, c, r]."""
     if WIDE:
         batch = widen(batch)
-        x_stride_n, x_stride_c, x_stride_h, x_stride_w = widen_strides(
-            x_stride_n, x_stride_c, x_stride_h, x_stride_w
-        )
-        w_stride_o, w_stride_i, w_stride_h, w_stride_w = widen_strides(
-            w_stride_o, w_stride_i, w_stride_h, w_stride_w
-        )
-        y_stride_n, y_stride_c, y_stride_h, y_stride_w = widen_strides(
-            y_stride_n, y_stride_c, y_stride_h, y_stride_w
-        )
-    COLUMNS: tl.constexpr = KERNEL_H * KERNEL_W * CHANNELS
-    pixels = batch * out_height * out_width
+        x_strides = widen_all(x_strides)
+        w_strides = widen_all(w_strides)
+        y_strides = widen_all(y_strides)
+    LINE: tl.constexpr = CHANNELS * KERNEL_W
+    COLUMNS: tl.constexpr = KERNEL_D * KERNEL_H * LINE
+    pixels = pixels_of(batch, out_size)
     tile_m, tile_n = grouped_tile(
         tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tl.cdiv(COLUMNS, BLOCK_N), GROUP_M
     )
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = m < pixels
-    column = m % out_width
-    row = (m // out_width) % out_height
-    image = m // (out_width * out_height)
+    image, plane, row, column = position(m, out_size)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < COLUMNS
-    if CHANNELS_FASTEST:
-        c = n % CHANNELS
-        s = (n // CHANNELS) % KERNEL_W
-        r = n // (CHANNELS * KERNEL_W)
-    else:
-        s = n % KERNEL_W
-        r = (n // KERNEL_W) % KERNEL_H
-        c = n // (KERNEL_W * KERNEL_H)
-    if WIDE:
-        image = image.to(tl.int64)
-        row = row.to(tl.int64)
-        column = column.to(tl.int64)
-        c = c.to(tl.int64)
-    y_rows = image * y_stride_n + row * y_stride_h + column * y_stride_w
+    c, t, r, s = window_position(n, CHANNELS, KERNEL_D, KERNEL_H, KERNEL_W, CHANNELS_FASTEST)
+    y_rows = pixel_offset(y_strides, image, plane, row, column)
     if FLAT_FILTERS:
         w_columns = n
     else:
-        w_columns = c * w_stride_i + r * w_stride_h + s * w_stride_w
+        w_columns = c * w_strides[1] + tap_offset(w_strides, t, r, s)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, FILTERS, BLOCK_K):
         o = start + tl.arange(0, BLOCK_K)
         mask_o = o < FILTERS
-        if WIDE:
-            o = o.to(tl.int64)
         # Masks that cannot fail are left out: each one narrows what is loaded at once.
         mask_y = mask_m[:, None]
         if FILTERS % BLOCK_K != 0:
             mask_y = mask_y & mask_o[None, :]
-        a = tl.load(grad_ptr + y_rows[:, None] + (o * y_stride_c)[None, :], mask=mask_y, other=0.0)
-        w_offsets = (o * w_stride_o)[:, None] + w_columns[None, :]
+        a = tl.load(grad_ptr + y_rows[:, None] + (o * y_strides[1])[None, :], mask_y, other=0.0)
+        w_offsets = (o * w_strides[0])[:, None] + w_columns[None, :]
         if COLUMNS % BLOCK_N == 0 and FILTERS % BLOCK_K == 0:
             b = tl.load(w_ptr + w_offsets)
         else:
             b = tl.load(w_ptr + w_offsets, mask=mask_o[:, None] & mask_n[None, :], other=0.0)
         acc = matmul_step(a, b, acc, PRECISION, UPCAST)
 
-    x_rows = image * x_stride_n + row * KERNEL_H * x_stride_h + column * KERNEL_W * x_stride_w
+    plane *= KERNEL_D
+    row *= KERNEL_H
+    column *= KERNEL_W
+    x_rows = pixel_offset(x_strides, image, plane, row, column)
     if FLAT_ROWS:
-        x_columns = (n % (CHANNELS * KERNEL_W)) * x_stride_c + r * x_stride_h
+        x_columns = (n % LINE) * x_strides[1] + tap_offset(x_strides, t, r, 0)
     else:
-        x_columns = c * x_stride_c + r * x_stride_h + s * x_stride_w
+        x_columns = c * x_strides[1] + tap_offset(x_strides, t, r, s)
     mask = mask_m[:, None]
-    if COLUMNS % BLOCK_N != 0:
+    if COLUMNS % BLOCK_N != 0 or EPILOGUE is not None:
         mask = mask & mask_n[None, :]
-    offsets = x_rows[:, None] + x_columns[None, :]
-    tl.store(x_ptr + offsets, acc.to(x_ptr.dtype.element_ty), mask=mask)
+    store_result(
+        acc,
+        x_ptr,
+        acc_ptr,
+        x_rows[:, None] + x_columns[None, :],
+        image[:, None],
+        c[None, :],
+        plane[:, None] + t[None, :],
+        row[:, None] + r[None, :],
+        column[:, None] + s[None, :],
+        mask,
+        extra_ptrs,
+        extra_strides,
+        EPILOGUE,
+        SAVE_ACC,
+    )
+
+
+def _covered(problem: ConvProblem) -> bool:
+    """Whether every element of the input belongs to a window."""
+    sizes = zip(problem.out_size, problem.kernel, problem.in_size, strict=True)
+    return all(out * taps == size for out, taps, size in sizes)
 
 
 class Patchify(Algorithm):
@@ -155,6 +158,9 @@ class Patchify(Algorithm):
             return "groups != 1"
         if not problem.patches or problem.taps == 1:
             return "kernel != stride, or padding, or dilation"
+        fused = problem.direction is Direction.DGRAD and problem.epilogue is not None
+        if fused and not _covered(problem):
+            return "an epilogue where elements of the result belong to no window"
         return unsupported_dtype(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
@@ -188,37 +194,41 @@ class Patchify(Algorithm):
             return wgrad_plan(problem, config)
         columns = problem.taps * problem.in_channels
         channels_fastest = problem.x_strides[1] <= problem.x_strides[-1]
+        epilogue = epilogue_arguments(problem)
+        # Stride is kernel, and there is no padding and no dilation: the kernel has no such names.
+        constexprs = {
+            name: value
+            for name, value in product_constexprs(problem, config).items()
+            if not name.startswith(("STRIDE_", "PAD_", "DILATION_"))
+        }
         tiles = triton.cdiv(problem.out_pixels, config.block_m) * triton.cdiv(
             columns, config.block_n
         )
         call = KernelCall(
             _patchify_dgrad_kernel,
             (tiles, 1, 1),
-            (Slot("grad_output"), Slot("weight"), Slot("grad_input"), *pixel_arguments(problem)),
+            (
+                Slot("grad_output"),
+                Slot("weight"),
+                Slot("grad_input"),
+                Slot("acc" if epilogue.save_acc else "grad_input"),
+                epilogue.pointers,
+                epilogue.strides,
+                *spatial_arguments(problem),
+            ),
             {
-                "CHANNELS": problem.in_channels,
-                "FILTERS": problem.out_channels,
-                "KERNEL_H": problem.kernel[0],
-                "KERNEL_W": problem.kernel[1],
+                **constexprs,
                 "CHANNELS_FASTEST": channels_fastest,
                 "FLAT_ROWS": flat_rows(problem),
                 "FLAT_FILTERS": flat_filters(problem, channels_fastest),
-                **precision_constexprs(problem),
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-                "BLOCK_K": config.block_k,
-                "GROUP_M": config.group_m,
+                "EPILOGUE": epilogue.function,
+                "SAVE_ACC": epilogue.save_acc,
             },
             config.num_warps,
             config.num_stages,
         )
-        covered = all(
-            out * taps == size
-            for out, taps, size in zip(
-                problem.out_size, problem.kernel, problem.in_size, strict=True
-            )
-        )
-        return LaunchPlan((call,), slot_dtypes(problem), zeroed=() if covered else ("grad_input",))
+        zeroed = () if _covered(problem) else ("grad_input",)
+        return LaunchPlan((call,), slot_dtypes(problem), zeroed=zeroed)
 
     def footprint(self, problem: ConvProblem, config: TileConfig, device: DeviceFacts) -> Footprint:
         """Of the product over windows."""

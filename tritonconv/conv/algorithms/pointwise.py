@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -17,16 +18,19 @@ from .common import (
     TileConfig,
     epilogue_arguments,
     grouped_tile,
+    lifted,
     matmul_step,
+    position,
     precision_constexprs,
     slot_dtypes,
+    spatial_strides,
     store_result,
     unsupported_dtype,
     widen,
-    widen_strides,
+    widen_all,
 )
 from .footprints import pointwise_footprint
-from .implicit_gemm import wgrad_plan
+from .product_wgrad import wgrad_plan
 from .tiles import product_shape, tile_space
 
 
@@ -38,17 +42,13 @@ def _pixel_gemm_kernel(
     acc_ptr,
     extra_ptrs,
     extra_strides,
-    pixels,
+    batch,
+    size,
     map_pixels,
-    width,
-    a_stride_n,
-    a_stride_p,
-    a_stride_k,
+    a_strides,
     w_stride_k,
     w_stride_c,
-    out_stride_n,
-    out_stride_p,
-    out_stride_c,
+    out_strides,
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -63,41 +63,38 @@ def _pixel_gemm_kernel(
 ):
     """out[n, p, c] = Σ_k a[n, p, k] · w[k, c], with p the flattened position in the map."""
     if WIDE:
-        pixels = widen(pixels)
-        a_stride_n, a_stride_p, a_stride_k, w_stride_k = widen_strides(
-            a_stride_n, a_stride_p, a_stride_k, w_stride_k
-        )
-        w_stride_c, out_stride_n, out_stride_p, out_stride_c = widen_strides(
-            w_stride_c, out_stride_n, out_stride_p, out_stride_c
-        )
+        batch = widen(batch)
+        a_strides = widen_all(a_strides)
+        w_stride_k = widen(w_stride_k)
+        w_stride_c = widen(w_stride_c)
+        out_strides = widen_all(out_strides)
+    pixels = batch * map_pixels
     tile_m, tile_n = grouped_tile(
         tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tl.cdiv(COLUMNS, BLOCK_N), GROUP_M
     )
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = m < pixels
     image = m // map_pixels
-    position = m % map_pixels
+    _, plane, row, column = position(m, size)
+    # The map is flat: one stride, that of the last axis, leads from pixel to pixel. Its size is an
+    # argument, because the compiler sees the alignment of an argument and not of a product.
+    pixel = m % map_pixels
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < COLUMNS
     k = tl.arange(0, BLOCK_K)
-    if WIDE:
-        image = image.to(tl.int64)
-        position = position.to(tl.int64)
-        n = n.to(tl.int64)
-        k = k.to(tl.int64)
-    a_rows = a_ptr + (image * a_stride_n + position * a_stride_p)[:, None]
+    a_rows = a_ptr + (image * a_strides[0] + pixel * a_strides[4])[:, None]
     w_columns = w_ptr + (n * w_stride_c)[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, DEPTH, BLOCK_K):
         depth = start + k
         if DEPTH % BLOCK_K == 0:
-            a = tl.load(a_rows + (depth * a_stride_k)[None, :], mask=mask_m[:, None], other=0.0)
+            a = tl.load(a_rows + (depth * a_strides[1])[None, :], mask=mask_m[:, None], other=0.0)
             b = tl.load(w_columns + (depth * w_stride_k)[:, None], mask=mask_n[None, :], other=0.0)
         else:
             mask_k = depth < DEPTH
             a = tl.load(
-                a_rows + (depth * a_stride_k)[None, :],
+                a_rows + (depth * a_strides[1])[None, :],
                 mask=mask_m[:, None] & mask_k[None, :],
                 other=0.0,
             )
@@ -108,16 +105,17 @@ def _pixel_gemm_kernel(
             )
         acc = matmul_step(a, b, acc, PRECISION, UPCAST)
 
-    rows = image * out_stride_n + position * out_stride_p
+    rows = image * out_strides[0] + pixel * out_strides[4]
     store_result(
         acc,
         out_ptr,
         acc_ptr,
-        rows[:, None] + (n * out_stride_c)[None, :],
+        rows[:, None] + (n * out_strides[1])[None, :],
         image[:, None],
         n[None, :],
-        (position // width)[:, None],
-        (position % width)[:, None],
+        plane[:, None],
+        row[:, None],
+        column[:, None],
         mask_m[:, None] & mask_n[None, :],
         extra_ptrs,
         extra_strides,
@@ -169,7 +167,6 @@ class Pointwise(Algorithm):
             operand, a, w_pair, result, out = "grad_output", y, (w[0], w[1]), "grad_input", x
         rows, columns, depth = product_shape(problem)
         epilogue = epilogue_arguments(problem)
-        map_pixels = max(1, problem.out_pixels // max(1, problem.batch))
         tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
         call = KernelCall(
             _pixel_gemm_kernel,
@@ -181,16 +178,12 @@ class Pointwise(Algorithm):
                 Slot("acc" if epilogue.save_acc else result),
                 epilogue.pointers,
                 epilogue.strides,
-                problem.out_pixels,
-                map_pixels,
-                problem.out_size[-1],
-                a[0],
-                a[-1],
-                a[1],
+                problem.batch,
+                lifted(problem.out_size, 1),
+                math.prod(problem.out_size),
+                spatial_strides(a),
                 *w_pair,
-                out[0],
-                out[-1],
-                out[1],
+                spatial_strides(out),
             ),
             {
                 "DEPTH": depth,

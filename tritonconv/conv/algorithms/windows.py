@@ -8,19 +8,24 @@ import triton.language as tl
 from ...runtime.device import DeviceFacts
 from ...runtime.plan import KernelCall, LaunchPlan, Slot
 from ...runtime.space import Choice, ConfigSpace, Int, PowerOfTwo
-from ..problem import ConvProblem
+from ..problem import ConvProblem, dense_strides
 from .common import (
     TileConfig,
     epilogue_arguments,
-    geometry_constexprs,
     grouped_tile,
+    inside,
     matmul_step,
-    pixel_arguments,
-    precision_constexprs,
+    pixel_offset,
+    pixels_of,
+    position,
+    product_constexprs,
+    row_position,
     slot_dtypes,
+    spatial_arguments,
     store_result,
+    tap_offset,
     widen,
-    widen_strides,
+    widen_all,
 )
 from .tiles import flat_rows, needs_bounds, order_constraint, power_of_two, tile_constraints
 
@@ -34,30 +39,23 @@ def _window_forward_kernel(
     extra_ptrs,
     extra_strides,
     batch,
-    height,
-    width,
-    out_height,
-    out_width,
-    x_stride_n,
-    x_stride_c,
-    x_stride_h,
-    x_stride_w,
-    w_stride_o,
-    w_stride_i,
-    w_stride_h,
-    w_stride_w,
-    y_stride_n,
-    y_stride_c,
-    y_stride_h,
-    y_stride_w,
+    in_size,
+    out_size,
+    x_strides,
+    w_strides,
+    y_strides,
     CHANNELS: tl.constexpr,
     FILTERS: tl.constexpr,
+    KERNEL_D: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
+    STRIDE_D: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
+    DILATION_D: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     CHANNELS_FASTEST: tl.constexpr,
@@ -76,69 +74,48 @@ def _window_forward_kernel(
 ):
     """y[m, o] = Σ_k x[m, k] · w[o, k] with k the flattened window.
 
-    The flattening follows the input's memory: (r, s, c) with channels fastest, or (c, r, s).
+    The flattening follows the input's memory: (t, r, s, c) with channels fastest, or (c, t, r, s).
     """
     if WIDE:
         batch = widen(batch)
-        x_stride_n, x_stride_c, x_stride_h, x_stride_w = widen_strides(
-            x_stride_n, x_stride_c, x_stride_h, x_stride_w
-        )
-        w_stride_o, w_stride_i, w_stride_h, w_stride_w = widen_strides(
-            w_stride_o, w_stride_i, w_stride_h, w_stride_w
-        )
-        y_stride_n, y_stride_c, y_stride_h, y_stride_w = widen_strides(
-            y_stride_n, y_stride_c, y_stride_h, y_stride_w
-        )
-    DEPTH: tl.constexpr = KERNEL_H * KERNEL_W * CHANNELS
-    pixels = batch * out_height * out_width
+        x_strides = widen_all(x_strides)
+        w_strides = widen_all(w_strides)
+        y_strides = widen_all(y_strides)
+    DEPTH: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W * CHANNELS
+    pixels = pixels_of(batch, out_size)
     tile_m, tile_n = grouped_tile(
         tl.program_id(0), tl.cdiv(pixels, BLOCK_M), tl.cdiv(FILTERS, BLOCK_N), GROUP_M
     )
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = m < pixels
-    column = m % out_width
-    row = (m // out_width) % out_height
-    image = m // (out_width * out_height)
+    image, plane, row, column = position(m, out_size)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < FILTERS
-    if WIDE:
-        image = image.to(tl.int64)
-        row = row.to(tl.int64)
-        column = column.to(tl.int64)
-        n = n.to(tl.int64)
+    first_plane = plane * STRIDE_D - PAD_D
     first_row = row * STRIDE_H - PAD_H
     first_column = column * STRIDE_W - PAD_W
-    x_rows = image * x_stride_n + first_row * x_stride_h + first_column * x_stride_w
-    w_columns = n * w_stride_o
+    x_rows = pixel_offset(x_strides, image, first_plane, first_row, first_column)
+    w_columns = n * w_strides[0]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, DEPTH, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        if FLAT_ROWS:
-            # A row of the window is contiguous in memory: say so, for wide loads.
-            run = k % (CHANNELS * KERNEL_W)
-            r = k // (CHANNELS * KERNEL_W)
-            s = run // CHANNELS
-            c = run % CHANNELS
-        elif CHANNELS_FASTEST:
-            c = k % CHANNELS
-            s = (k // CHANNELS) % KERNEL_W
-            r = k // (CHANNELS * KERNEL_W)
-        else:
-            s = k % KERNEL_W
-            r = (k // KERNEL_W) % KERNEL_H
-            c = k // (KERNEL_W * KERNEL_H)
+        c, t, r, s = window_position(k, CHANNELS, KERNEL_D, KERNEL_H, KERNEL_W, CHANNELS_FASTEST)
         mask_k = k < DEPTH
+        plane_shift = t * DILATION_D
         row_shift = r * DILATION_H
         column_shift = s * DILATION_W
         if FLAT_ROWS:
-            x_window = run * x_stride_c + row_shift * x_stride_h
+            # A row of the window is contiguous in memory: say so, for wide loads.
+            x_window = (k % (CHANNELS * KERNEL_W)) * x_strides[1]
+            x_window += tap_offset(x_strides, plane_shift, row_shift, 0)
         else:
-            x_window = c * x_stride_c + row_shift * x_stride_h + column_shift * x_stride_w
+            x_window = c * x_strides[1]
+            x_window += tap_offset(x_strides, plane_shift, row_shift, column_shift)
         if FLAT_FILTERS:
             w_window = k
         else:
-            w_window = c * w_stride_i + r * w_stride_h + s * w_stride_w
+            w_window = c * w_strides[1] + tap_offset(w_strides, t, r, s)
         # Masks that cannot fail are left out: each one narrows what is loaded at once.
         mask_x = mask_m[:, None]
         mask_w = mask_n[None, :]
@@ -146,9 +123,13 @@ def _window_forward_kernel(
             mask_x = mask_x & mask_k[None, :]
             mask_w = mask_w & mask_k[:, None]
         if CHECK_BOUNDS:
-            rows = first_row[:, None] + row_shift[None, :]
-            columns = first_column[:, None] + column_shift[None, :]
-            mask_x = mask_x & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+            mask_x = inside(
+                mask_x,
+                first_plane[:, None] + plane_shift[None, :],
+                first_row[:, None] + row_shift[None, :],
+                first_column[:, None] + column_shift[None, :],
+                in_size,
+            )
         a = tl.load(x_ptr + x_rows[:, None] + x_window[None, :], mask=mask_x, other=0.0)
         b = tl.load(
             w_ptr + w_window[:, None] + w_columns[None, :],
@@ -157,14 +138,15 @@ def _window_forward_kernel(
         )
         acc = matmul_step(a, b, acc, PRECISION, UPCAST)
 
-    y_rows = image * y_stride_n + row * y_stride_h + column * y_stride_w
+    y_rows = pixel_offset(y_strides, image, plane, row, column)
     store_result(
         acc,
         y_ptr,
         acc_ptr,
-        y_rows[:, None] + (n * y_stride_c)[None, :],
+        y_rows[:, None] + (n * y_strides[1])[None, :],
         image[:, None],
         n[None, :],
+        plane[:, None],
         row[:, None],
         column[:, None],
         mask_m[:, None] & mask_n[None, :],
@@ -175,13 +157,32 @@ def _window_forward_kernel(
     )
 
 
+@triton.jit
+def window_position(
+    k,
+    CHANNELS: tl.constexpr,
+    KERNEL_D: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    CHANNELS_FASTEST: tl.constexpr,
+):
+    """(c, t, r, s) of an element of a flattened window."""
+    if CHANNELS_FASTEST:
+        # One division by a product: the compiler sees how many neighbours share a row.
+        t, r = row_position(k // (CHANNELS * KERNEL_W), KERNEL_D, KERNEL_H)
+        s = (k % (CHANNELS * KERNEL_W)) // CHANNELS
+        c = k % CHANNELS
+    else:
+        s = k % KERNEL_W
+        r = (k // KERNEL_W) % KERNEL_H
+        t = (k // (KERNEL_W * KERNEL_H)) % KERNEL_D
+        c = k // (KERNEL_W * KERNEL_H * KERNEL_D)
+    return c, t, r, s
+
+
 def flat_filters(problem: ConvProblem, channels_fastest: bool) -> bool:
     """Whether a filter is contiguous in the order in which windows are flattened."""
-    _, channel, row, column = problem.w_strides
-    kernel_w = problem.kernel[-1]
-    if channels_fastest:
-        return (channel, column, row) == (1, problem.in_channels, problem.in_channels * kernel_w)
-    return (column, row, channel) == (1, kernel_w, kernel_w * problem.kernel[0])
+    return problem.w_strides[1:] == dense_strides(problem.w_shape, channels_fastest)[1:]
 
 
 def window_forward_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
@@ -201,23 +202,16 @@ def window_forward_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
             Slot("acc" if epilogue.save_acc else "output"),
             epilogue.pointers,
             epilogue.strides,
-            *pixel_arguments(problem),
+            *spatial_arguments(problem),
         ),
         {
-            "CHANNELS": problem.in_channels,
-            "FILTERS": problem.out_channels,
-            **geometry_constexprs(problem),
+            **product_constexprs(problem, config),
             "CHANNELS_FASTEST": channels_fastest,
             "FLAT_ROWS": flat_rows(problem),
             "FLAT_FILTERS": flat_filters(problem, channels_fastest),
             "CHECK_BOUNDS": needs_bounds(problem),
             "EPILOGUE": epilogue.function,
             "SAVE_ACC": epilogue.save_acc,
-            **precision_constexprs(problem),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "GROUP_M": config.group_m,
         },
         config.num_warps,
         config.num_stages,
