@@ -446,21 +446,6 @@ def apply(
     )
 
 
-def apply_key(
-    key: str,
-    shape: Sequence[int],
-    elements: Sequence[Tensor],
-    captures: Sequence[Tensor],
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Tensor:
-    """Like :func:`apply` for a registered program of one output; code being compiled may use it."""
-    codes = _codes([dtype])
-    return ELEMENTWISE(key, list(shape), list(elements), list(captures), [0], codes, channels_last)[
-        0
-    ]
-
-
 def apply_into(
     program: Program, output: Tensor, elements: Sequence[Tensor], captures: Sequence[Tensor]
 ) -> None:
@@ -659,4 +644,4 @@ def _passed_through(program: Program) -> tuple[str | None, ...]:
     return tuple(names)
 
 
-__all__ = ["ELEMENTWISE", "apply", "apply_into", "apply_key", "pull_back"]
+__all__ = ["ELEMENTWISE", "apply", "apply_into", "pull_back"]

@@ -15,7 +15,7 @@ import torch
 
 from ..runtime import library, tables
 from ..runtime.errors import bad_type, bad_value
-from . import arguments, fused_ops, fused_transposed, ops
+from . import arguments, fused_ops, ops
 from .arguments import IntOrInts, default_precision
 from .epilogue import (
     apply_to_whole,
@@ -145,7 +145,7 @@ def _fused_product(
     """The product with the epilogue of this key."""
     if result is None:
         return fused_ops.CONV_EPILOGUE(x, w, operands, captures, function, *geometry)
-    return fused_transposed.dgrad_epilogue(x, w, operands, captures, function, result, geometry)
+    return fused_ops.DGRAD_EPILOGUE(x, w, result, operands, captures, function, *geometry)
 
 
 def _fused(

@@ -198,6 +198,18 @@ class ConvProblem:
         return (self.batch, self.out_channels, *self.out_size)
 
     @property
+    def result_shape(self) -> tuple[int, ...]:
+        """Shape of what is computed: that of ``y``, ``x`` or ``w``."""
+        shapes = {Direction.FORWARD: self.y_shape, Direction.DGRAD: self.x_shape}
+        return shapes.get(self.direction, self.w_shape)
+
+    @property
+    def result_strides(self) -> tuple[int, ...]:
+        """Strides of what is computed."""
+        strides = {Direction.FORWARD: self.y_strides, Direction.DGRAD: self.x_strides}
+        return strides.get(self.direction, self.w_strides)
+
+    @property
     def taps(self) -> int:
         """Number of filter taps."""
         return math.prod(self.kernel)
@@ -273,7 +285,8 @@ class ConvProblem:
             (self.y_shape, self.y_strides),
         ]
         if self.epilogue is not None:
-            tensors += [(self.y_shape, strides) for strides in self.epilogue.element_strides]
+            shape = self.result_shape
+            tensors += [(shape, strides) for strides in self.epilogue.element_strides]
             tensors += zip(self.epilogue.capture_shapes, self.epilogue.capture_strides, strict=True)
         spans = [_span(shape, strides) for shape, strides in tensors if 0 not in shape]
         # Offsets of padded positions reach outside the tensor by at most one padded window.
@@ -333,10 +346,10 @@ class ConvProblem:
                 self.epilogue.element_dtypes, self.epilogue.element_strides, strict=True
             ):
                 total += dtype.itemsize * math.prod(
-                    size for size, hop in zip(self.y_shape, strides, strict=True) if hop
+                    size for size, hop in zip(self.result_shape, strides, strict=True) if hop
                 )
             if self.epilogue.save_acc:
-                total += math.prod(self.y_shape) * self.dtype.itemsize
+                total += math.prod(self.result_shape) * self.dtype.itemsize
         return total
 
     def __str__(self) -> str:

@@ -369,6 +369,8 @@ class Depthwise(Algorithm):
             return "not one input channel per group"
         if len(problem.in_size) != 2:
             return "not two spatial axes"
+        if problem.direction is Direction.DGRAD and problem.epilogue is not None:
+            return "an epilogue behind the gradient of the input"
         return unsupported_dtype(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseConfig]:
