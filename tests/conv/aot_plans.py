@@ -14,6 +14,8 @@ from tritonconv.runtime.aot import compile_plan
 from tritonconv.runtime.device import DeviceFacts, nominal_device
 from tritonconv.runtime.operators import Algorithm, Config
 
+from .cases import rank_of
+
 # Layers of real networks, one for each algorithm at least.
 LAYERS: dict[str, dict[str, Any]] = {
     "3x3": {"N": 32, "C": 128, "M": 128, "H": 28, "K": 3, "P": 1},
@@ -22,6 +24,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "1x1": {"N": 32, "C": 256, "M": 64, "H": 56, "K": 1},
     "patches": {"N": 32, "C": 96, "M": 192, "H": 56, "K": 2, "S": 2},
     "groups": {"N": 32, "C": 128, "M": 128, "H": 28, "K": 3, "P": 1, "G": 32},
+    "3x3x3": {"N": 4, "C": 64, "M": 64, "D": 16, "H": 32, "K": 3, "P": 1},
     "depthwise": {"N": 32, "C": 96, "M": 96, "H": 56, "K": 7, "P": 3, "G": 96},
 }
 DTYPES = ("bfloat16", "float16", "float32")
@@ -56,7 +59,7 @@ def representative(space: list[Config]) -> dict[str, Config]:
 
 
 # The general algorithms serve every layer: these are enough for them.
-HOME = {"dense": ("3x3", "3x3 stride 2"), "few_channel": ("stem",)}
+HOME = {"dense": ("3x3", "3x3 stride 2", "3x3x3"), "few_channel": ("stem",)}
 
 
 def wanted(target: str, dtype: str, label: str, everything: bool) -> bool:
@@ -75,11 +78,15 @@ def cases(
     device = nominal_device(target)
     found = []
     for (direction, rank), operator in OPERATORS.items():
-        for layer, fields in LAYERS.items() if rank == 2 else ():
+        for layer, fields in LAYERS.items():
+            if rank != rank_of(fields):
+                continue
             for dtype in DTYPES:
                 more = {"dtype": dtype, "layout": "channels_last"}
                 if direction is Direction.FORWARD:
                     more["epilogue"] = "fused+acc" if dtype == "bfloat16" else "fused"
+                if direction is Direction.DGRAD and dtype == "float16":
+                    more["epilogue"] = "transposed+acc"
                 if dtype == "float32":
                     more["precision"] = "tf32"
                 problem = operator.parse({**fields, **more})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from tritonconv.conv.dispatch import OPERATORS, make_runner
-from tritonconv.conv.problem import ConvProblem, Direction
+from tritonconv.conv.epilogue import build_epilogue
+from tritonconv.conv.problem import FUSED, ConvProblem, Direction, EpilogueSpec, dense_strides
 from tritonconv.runtime.accuracy import check
 from tritonconv.runtime.device import device_facts
 from tritonconv.runtime.operators import Config
@@ -18,6 +20,8 @@ from .cases import KINDS, PROBLEMS, Fields, rank_of
 
 pytestmark = pytest.mark.interpreter
 
+# Where a fused gradient of the input has something to get wrong: phases, elements of no window.
+FUSED_CASES = ("stride 3x2, kernel 2x3", "kernel below stride", "patches with a rest", "1x1x1")
 LAYOUTS = ("contiguous", "channels_last")
 DTYPES = {
     "float16": dict(dtype="float16"),
@@ -29,7 +33,10 @@ DTYPES = {
 
 
 def served(
-    names: tuple[str, ...] = tuple(PROBLEMS), *, kernels_only: bool = False
+    names: tuple[str, ...] = tuple(PROBLEMS),
+    *,
+    kernels_only: bool = False,
+    more: Callable[[Direction], Fields] = lambda direction: {},
 ) -> list[tuple[str, Direction, str]]:
     """(problem, direction, algorithm) for everything that some algorithm serves."""
     return [
@@ -37,9 +44,14 @@ def served(
         for (direction, rank), operator in OPERATORS.items()
         for name in names
         if rank == rank_of(PROBLEMS[name])
-        for algorithm in operator.candidates(operator.parse(PROBLEMS[name]))
+        for algorithm in operator.candidates(operator.parse({**PROBLEMS[name], **more(direction)}))
         if not (kernels_only and algorithm.name == "aten")
     ]
+
+
+def fused(direction: Direction) -> Fields:
+    """The epilogue that a product in this direction can have."""
+    return {"epilogue": FUSED[direction]} if direction in FUSED else {}
 
 
 def ids(value: object) -> str:
@@ -55,9 +67,20 @@ def run_and_check(
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Run one algorithm on fresh tensors whose outputs hold NaN, and judge every output."""
-    operator = OPERATORS[direction, rank_of(fields)]
-    problem = operator.parse(fields)
+    problem = OPERATORS[direction, rank_of(fields)].parse(fields)
     assert isinstance(problem, ConvProblem)
+    return run_problem(problem, name, device, config, seed)
+
+
+def run_problem(
+    problem: ConvProblem,
+    name: str,
+    device: torch.device,
+    config: Config | None = None,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Run one algorithm on a problem and judge every output."""
+    operator = OPERATORS[problem.direction, len(problem.in_size)]
     algorithm = operator.algorithm(name)
     if config is None:
         config = algorithm.configs(problem, device_facts())[0]
@@ -138,7 +161,7 @@ def test_other_configs(
 
 
 @pytest.mark.parametrize(
-    ("case", "direction", "algorithm"), served(KINDS, kernels_only=True), ids=ids
+    ("case", "direction", "algorithm"), served(KINDS, kernels_only=True, more=fused), ids=ids
 )
 def test_64_bit_offsets(
     case: str,
@@ -148,26 +171,55 @@ def test_64_bit_offsets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ConvProblem, "wide", property(lambda self: True))
-    more = {"epilogue": "fused"} if direction is Direction.FORWARD else {}
-    run_and_check({**PROBLEMS[case], **more}, direction, algorithm, device)
+    run_and_check({**PROBLEMS[case], **fused(direction)}, direction, algorithm, device)
 
 
-@pytest.mark.parametrize("epilogue", ["fused", "fused+acc"])
+@pytest.mark.parametrize("save_acc", [False, True], ids=["", "acc"])
 @pytest.mark.parametrize(
-    ("case", "algorithm"),
-    [
-        (case, algorithm)
-        for case, direction, algorithm in served(KINDS)
-        if direction is Direction.FORWARD
-    ],
+    ("case", "direction", "algorithm"),
+    [row for row in served((*KINDS, *FUSED_CASES), more=fused) if row[1] in FUSED],
     ids=ids,
 )
 def test_fused_bias_and_relu(
-    case: str, algorithm: str, epilogue: str, device: torch.device
+    case: str, direction: Direction, algorithm: str, save_acc: bool, device: torch.device
 ) -> None:
+    epilogue = FUSED[direction] + ("+acc" if save_acc else "")
     fields = {**PROBLEMS[case], "epilogue": epilogue, "dtype": "bfloat16"}
-    outputs = run_and_check(fields, Direction.FORWARD, algorithm, device)
-    assert set(outputs) == {"output", "acc"} if "acc" in epilogue else {"output"}
+    outputs = run_and_check(fields, direction, algorithm, device)
+    assert ("acc" in outputs) == save_acc
+
+
+def weighted(acc: torch.Tensor, other: torch.Tensor, **at: torch.Tensor) -> torch.Tensor:
+    """An epilogue that tells all coordinates of an element apart."""
+    weights = {"n": 64.0, "c": 1.0, "d": 0.25, "h": 16.0, "w": 4.0}
+    return acc + other * sum(weights[name] * index for name, index in at.items())
+
+
+EPILOGUES = {
+    2: lambda acc, other, *, n, c, h, w: weighted(acc, other, n=n, c=c, h=h, w=w),
+    3: lambda acc, other, *, n, c, d, h, w: weighted(acc, other, n=n, c=c, d=d, h=h, w=w),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "direction", "algorithm"),
+    [
+        row
+        for row in served(("an axis each", "patches", "3-D patches", "1x1x1"), more=fused)
+        if row[1] in FUSED
+    ],
+    ids=ids,
+)
+def test_coordinates_and_operands_of_the_result(
+    case: str, direction: Direction, algorithm: str, device: torch.device
+) -> None:
+    """On either product the epilogue sees the elements of what is written."""
+    rank = rank_of(PROBLEMS[case])
+    problem = OPERATORS[direction, rank].parse(PROBLEMS[case])
+    epilogue = build_epilogue(EPILOGUES[rank], False, (torch.float32,), problem.dtype, rank)
+    strides = dense_strides(problem.result_shape, False)
+    spec = EpilogueSpec(epilogue.key, (torch.float32,), (strides,))
+    run_problem(dataclasses.replace(problem, epilogue=spec), algorithm, device)
 
 
 @pytest.mark.parametrize(

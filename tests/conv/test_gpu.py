@@ -17,6 +17,7 @@ from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Choice, Tier
 
 from .aot_plans import LAYERS, fitting, representative
+from .cases import rank_of
 from .oracle import assert_accurate, plain_conv
 from .test_algorithms import run_and_check
 
@@ -35,7 +36,8 @@ def served() -> list[tuple[str, Direction, str]]:
     return [
         (layer, direction, algorithm.name)
         for (direction, rank), operator in OPERATORS.items()
-        for layer, fields in (LAYERS if rank == 2 else {}).items()
+        for layer, fields in LAYERS.items()
+        if rank == rank_of(fields)
         for algorithm in operator.candidates(operator.parse(fields))
         if algorithm.name != "aten"
     ]
@@ -53,7 +55,7 @@ def test_layers_of_real_networks(
 
 @pytest.mark.parametrize(("layer", "direction", "algorithm"), served(), ids=str)
 def test_representative_configs(layer: str, direction: Direction, algorithm: str) -> None:
-    operator = OPERATORS[direction, 2]
+    operator = OPERATORS[direction, rank_of(LAYERS[layer])]
     fields = {**LAYERS[layer], "dtype": "bfloat16", "N": 3}
     space = fitting(operator.algorithm(algorithm), operator.parse(fields), device_facts())
     for config in representative(space).values():
@@ -64,7 +66,7 @@ def test_representative_configs(layer: str, direction: Direction, algorithm: str
 def test_fast_and_slow_launch_give_the_same_bits(
     layer: str, direction: Direction, algorithm: str
 ) -> None:
-    operator = OPERATORS[direction, 2]
+    operator = OPERATORS[direction, rank_of(LAYERS[layer])]
     problem = operator.parse({**LAYERS[layer], "dtype": "bfloat16", "N": 2})
     config = operator.algorithm(algorithm).configs(problem, device_facts())[0]
     results = []

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 
 from tritonconv.conv import dispatch
 from tritonconv.conv.problem import (
+    FUSED,
     LAYOUTS,
     ConvProblem,
     Direction,
@@ -24,7 +25,6 @@ from tritonconv.conv.problem import (
 from tritonconv.runtime.entries import problem_key
 
 SMALL = st.integers(1, 5)
-PAIRS = st.tuples(SMALL, SMALL)
 
 
 @st.composite
@@ -52,9 +52,10 @@ def problems(draw: Any) -> ConvProblem:
     direction = draw(st.sampled_from(Direction))
     groups = draw(st.integers(1, 3))
     per_group, filters = draw(SMALL), draw(SMALL)
-    kernel, hop, dilation = draw(PAIRS), draw(PAIRS), draw(PAIRS)
-    low, high = draw(st.tuples(*[st.integers(0, 3)] * 2)), draw(st.tuples(*[st.integers(0, 3)] * 2))
-    in_size = draw(st.tuples(*[st.integers(1, 40)] * 2))
+    rank = draw(st.sampled_from([2, 3]))
+    kernel, hop, dilation = (draw(st.tuples(*[SMALL] * rank)) for _ in range(3))
+    low, high = (draw(st.tuples(*[st.integers(0, 3)] * rank)) for _ in range(2))
+    in_size = draw(st.tuples(*[st.integers(1, 40)] * rank))
     padding = tuple(zip(low, high, strict=True))
     out_size = output_size(in_size, kernel, hop, padding, dilation)
     assume(min(out_size) > 0)
@@ -70,10 +71,9 @@ def problems(draw: Any) -> ConvProblem:
     forward = direction is Direction.FORWARD
     y_strides = dense_strides(y, draw(st.booleans())) if forward else draw(strides(y))
     epilogue = None
-    if forward and draw(st.booleans()):
-        epilogue = EpilogueSpec(
-            "a function", (dtype,), (draw(strides(y)),), save_acc=draw(st.booleans())
-        )
+    if direction in FUSED and draw(st.booleans()):
+        operand = draw(strides(y if forward else x))
+        epilogue = EpilogueSpec("a function", (dtype,), (operand,), save_acc=draw(st.booleans()))
     return ConvProblem(
         direction,
         batch,
@@ -98,7 +98,7 @@ def problems(draw: Any) -> ConvProblem:
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(problems())
 def test_every_problem_is_made_again_from_its_fields(problem: ConvProblem) -> None:
-    operator = dispatch.OPERATORS[problem.direction, 2]
+    operator = dispatch.OPERATORS[problem.direction, len(problem.in_size)]
     fields = problem.fields()
     again = operator.parse(fields)
     assert dict(again.fields()) == dict(fields)
@@ -133,11 +133,15 @@ def test_elements_of_a_named_layout_never_share_memory(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rank", [2, 3])
 @pytest.mark.parametrize("direction", Direction)
-def test_the_tensors_have_the_strides_of_the_problem(direction: Direction, layout: str) -> None:
-    operator = dispatch.OPERATORS[direction, 2]
+def test_the_tensors_have_the_strides_of_the_problem(
+    direction: Direction, rank: int, layout: str
+) -> None:
+    operator = dispatch.OPERATORS[direction, rank]
     names = dict.fromkeys(("layout", "weight_layout", "output_layout"), layout)
-    fields = {"N": 2, "C": 3, "M": 4, "H": 5, "K": 3, "P": 1, **names, "epilogue": "fused"}
+    fields = {"N": 2, "C": 3, "M": 4, "H": 5, "K": 3, "P": 1, **names}
+    fields["epilogue"] = FUSED.get(direction, "none")
     problem = operator.parse(fields)
     tensors = operator.make_tensors(problem, torch.device("cpu"), torch.Generator())
     strides = {

@@ -26,7 +26,7 @@ from .algorithms import (
 from .algorithms.aten import Aten
 from .algorithms.common import slot_names
 from .epilogue import apply_with_torch, build_epilogue
-from .problem import ConvProblem, Direction, EpilogueSpec, parse_problem, wide_stride
+from .problem import FUSED, ConvProblem, Direction, EpilogueSpec, parse_problem, wide_stride
 
 Tensor = torch.Tensor
 
@@ -51,11 +51,11 @@ class ConvOperator(Operator):
         return super().source_hash()[:8] + source_hash_of(str(file) for file in files)[:8]
 
     def parse(self, fields: Mapping[str, Any]) -> ConvProblem:
-        """Build a problem; ``epilogue="fused"`` adds a bias and a ReLU."""
+        """Build a problem; an epilogue of this direction adds a bias and a ReLU."""
         problem = parse_problem(self.direction, self.rank, fields)
-        fused = str(fields.get("epilogue", "none"))
-        if fused != "none" and self.direction is Direction.FORWARD:
-            shape = problem.y_shape
+        kind, _, rest = str(fields.get("epilogue", "none")).partition("+")
+        if kind == FUSED.get(self.direction):
+            shape = problem.result_shape
             epilogue = build_epilogue(torch.relu, True, (), problem.dtype, self.rank)
             strides = [0, 1] + [0] * self.rank
             if fields.get("wide", False) and not problem.wide:
@@ -66,7 +66,7 @@ class ConvOperator(Operator):
                 epilogue.key,
                 (problem.dtype,),
                 (tuple(strides),),
-                save_acc=fused.endswith("+acc"),
+                save_acc=rest == "acc",
             )
             problem = replace(problem, epilogue=spec)
         return problem
@@ -96,32 +96,27 @@ class ConvOperator(Operator):
         x = (problem.x_shape, problem.x_strides)
         w = (problem.w_shape, problem.w_strides)
         y = (problem.y_shape, problem.y_strides)
-        if self.direction is Direction.DGRAD:
-            return {
-                "grad_output": fresh(*y),
-                "weight": fresh(*w, scale=fan_in**-0.5),
-                "grad_input": poisoned(*x),
-            }
         if self.direction is Direction.WGRAD:
             return {"grad_output": fresh(*y), "input": fresh(*x), "grad_weight": poisoned(*w)}
+        operand, result = (y, x) if self.direction is Direction.DGRAD else (x, y)
+        first, _, out = slot_names(self.direction)
         tensors = {
-            "input": fresh(*x),
+            first: fresh(*operand),
             "weight": fresh(*w, scale=fan_in**-0.5),
-            "output": poisoned(*y),
+            out: poisoned(*result),
         }
         spec = problem.epilogue
         if spec is not None:
             if spec.save_acc:
-                tensors["acc"] = poisoned(*y)
+                tensors["acc"] = poisoned(*result)
             for index, (dtype, strides) in enumerate(
                 zip(spec.element_dtypes, spec.element_strides, strict=True)
             ):
-                shape = tuple(
-                    size if hop else 1 for size, hop in zip(problem.y_shape, strides, strict=True)
-                )
+                sizes = zip(problem.result_shape, strides, strict=True)
+                shape = tuple(size if hop else 1 for size, hop in sizes)
                 values = torch.randn(shape, generator=generator, device=device)
                 element = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-                tensors[f"element{index}"] = element.copy_(values).expand(problem.y_shape)
+                tensors[f"element{index}"] = element.copy_(values).expand(problem.result_shape)
             for index, (dtype, size, strides) in enumerate(
                 zip(spec.capture_dtypes, spec.capture_shapes, spec.capture_strides, strict=True)
             ):

@@ -42,13 +42,20 @@ class Direction(enum.StrEnum):
     WGRAD = "wgrad"
 
 
+FUSED = {Direction.FORWARD: "fused", Direction.DGRAD: "transposed"}
+"""What the field ``epilogue`` says of a product with one. A layer's row in a suite is for all three
+products, and only one of them has the epilogue: dgrad is the product of a transposed convolution.
+"""
+
+
 @dataclass(frozen=True)
 class EpilogueSpec:
     """The generated function fused behind the accumulator and the layout of what it reads.
 
     Attributes:
         function: key of the scalar function.
-        element_dtypes, element_strides: operands read at the output element; stride 0 broadcasts.
+        element_dtypes, element_strides: operands read at the element of the product's result (of
+            ``y`` for forward, of ``x`` for dgrad); stride 0 broadcasts.
         capture_dtypes, capture_shapes, capture_strides: tensors read at computed indices.
         save_acc: also store the accumulator, which the gradient of the function reads.
     """
@@ -199,15 +206,21 @@ class ConvProblem:
 
     @property
     def result_shape(self) -> tuple[int, ...]:
-        """Shape of what is computed: that of ``y``, ``x`` or ``w``."""
-        shapes = {Direction.FORWARD: self.y_shape, Direction.DGRAD: self.x_shape}
-        return shapes.get(self.direction, self.w_shape)
+        """Shape of the tensor that the product writes."""
+        return {
+            Direction.FORWARD: self.y_shape,
+            Direction.DGRAD: self.x_shape,
+            Direction.WGRAD: self.w_shape,
+        }[self.direction]
 
     @property
     def result_strides(self) -> tuple[int, ...]:
-        """Strides of what is computed."""
-        strides = {Direction.FORWARD: self.y_strides, Direction.DGRAD: self.x_strides}
-        return strides.get(self.direction, self.w_strides)
+        """Strides of the tensor that the product writes."""
+        return {
+            Direction.FORWARD: self.y_strides,
+            Direction.DGRAD: self.x_strides,
+            Direction.WGRAD: self.w_strides,
+        }[self.direction]
 
     @property
     def taps(self) -> int:
@@ -285,8 +298,7 @@ class ConvProblem:
             (self.y_shape, self.y_strides),
         ]
         if self.epilogue is not None:
-            shape = self.result_shape
-            tensors += [(shape, strides) for strides in self.epilogue.element_strides]
+            tensors += [(self.result_shape, strides) for strides in self.epilogue.element_strides]
             tensors += zip(self.epilogue.capture_shapes, self.epilogue.capture_strides, strict=True)
         spans = [_span(shape, strides) for shape, strides in tensors if 0 not in shape]
         # Offsets of padded positions reach outside the tensor by at most one padded window.
@@ -298,7 +310,7 @@ class ConvProblem:
         kind = "dense" if self.groups == 1 else "depthwise" if self.depthwise else "grouped"
         fused = "none"
         if self.epilogue is not None:
-            fused = "fused+acc" if self.epilogue.save_acc else "fused"
+            fused = FUSED[self.direction] + ("+acc" if self.epilogue.save_acc else "")
         fields: dict[str, Field] = {
             "kind": kind,
             "kernel": _join(self.kernel),
@@ -428,10 +440,11 @@ def parse_problem(direction: Direction, rank: int, fields: Mapping[str, Any]) ->
     Args:
         direction: which product.
         rank: number of spatial axes.
-        fields: ``in_channels``, ``out_channels`` and the sizes of the spatial axes (``height``,
-            ``width``) are required; a missing width is the height. ``kernel``, ``stride``,
-            ``padding`` and ``dilation`` are an integer, ``"3x3"`` or a list; ``N C H W M K S P G``
-            are accepted as short names. ``epilogue="fused"`` stands for a bias and a ReLU.
+        fields: ``in_channels``, ``out_channels`` and the sizes of the spatial axes (``depth``,
+            ``height``, ``width``) are required; a missing one is the first that is given.
+            ``kernel``, ``stride``, ``padding`` and ``dilation`` are an integer, ``"3x3"`` or a
+            list; ``N C D H W M K S P G`` are accepted as short names. ``epilogue`` stands for a
+            bias and a ReLU: ``"fused"`` on the forward product, ``"transposed"`` on dgrad.
 
     Raises:
         ArgumentValueError: an unknown or missing field, or a value that cannot be.

@@ -370,7 +370,7 @@ class Depthwise(Algorithm):
         if len(problem.in_size) != 2:
             return "not two spatial axes"
         if problem.direction is Direction.DGRAD and problem.epilogue is not None:
-            return "an epilogue behind the gradient of the input"
+            return "an epilogue on the gradient of the input"
         return unsupported_dtype(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseConfig]:
