@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonconv.conv.epilogue import COORDINATES
 from tritonconv.runtime.accuracy import check
 
 Function = Callable[..., Tensor]
@@ -29,10 +30,14 @@ def plain_conv(
     epilogue: Function | None = None,
     epilogue_args: Sequence[Tensor] = (),
     precision: str | None = None,
+    function: Function = F.conv2d,
     **options: Any,
 ) -> Tensor:
-    """``tc.conv2d`` written with PyTorch: the epilogue works on whole tensors."""
-    y = F.conv2d(x, w, bias, **options)
+    """``tc.conv2d`` written with PyTorch: the epilogue works on whole tensors.
+
+    Another ``function`` of ``torch.nn.functional`` makes it another of ours.
+    """
+    y = function(x, w, bias, **options)
     if epilogue is None:
         return y
     names = getattr(epilogue, "__kwdefaults__", None) or {}
@@ -40,9 +45,9 @@ def plain_conv(
     asked = code.co_varnames[code.co_argcount :][: code.co_kwonlyargcount] if code else ()
     coordinates = {
         name: torch.arange(y.shape[axis], device=y.device).reshape(
-            [-1 if k == axis else 1 for k in range(4)]
+            [-1 if k == axis else 1 for k in range(y.dim())]
         )
-        for axis, name in enumerate("nchw")
+        for axis, name in enumerate(COORDINATES[y.dim() - 2])
         if name in asked and name not in names
     }
     return epilogue(y, *epilogue_args, **coordinates).to(y.dtype)

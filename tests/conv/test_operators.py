@@ -59,6 +59,17 @@ def fused(x: Tensor, w: Tensor, b: Tensor, r: Tensor, slope: Tensor, **options: 
     )
 
 
+def fused_transposed(x: Tensor, w: Tensor, b: Tensor, r: Tensor, slope: Tensor) -> Tensor:
+    return tc.conv_transpose2d(
+        x,
+        w.transpose(0, 1),
+        b,
+        padding=1,
+        epilogue=lambda y, r, *, c: torch.tanh(y * slope[c]) + r * y,
+        epilogue_args=(r,),
+    )
+
+
 def plain_fused(x: Tensor, w: Tensor, b: Tensor, r: Tensor, slope: Tensor) -> Tensor:
     y = plain_conv(x, w, b, padding=1)
     return torch.tanh(y * slope[:, None, None]) + r * y
@@ -72,9 +83,10 @@ def recorded(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x, w, *_ = inputs = leaves(*FUSED_SHAPES, device=device)
     with Recorder() as recorder:
         gradients(functools.partial(tc.conv2d, padding=1), (x, w), 2)
-        gradients(fused, inputs, 2)
-        with torch.no_grad():
-            fused(*inputs)
+        for function in (fused, fused_transposed):
+            gradients(function, inputs, 2)
+            with torch.no_grad():
+                function(*inputs)
     return {str(func.name()): (func, args) for func, args in recorder.calls}
 
 

@@ -171,3 +171,167 @@ def test_a_captured_tensor_on_another_device() -> None:
     table = torch.ones(6, device="meta")
     with pytest.raises(ValueError, match="captured tensor 0: expected the input's device cpu"):
         tc.conv2d(X, K, epilogue=lambda y, *, c: y * table[c])
+
+
+# name: (function, changed arguments, error, message)
+OTHERS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
+    "conv1d, input": (
+        "conv1d",
+        dict(input=torch.randn(6)),
+        ValueError,
+        r"input: expected 3 dimensions \(batch, channels, \*spatial\), got \(6,\)",
+    ),
+    "conv1d, weight": (
+        "conv1d",
+        dict(weight=K),
+        ValueError,
+        r"weight: expected 3 dimensions \(out_channels, in_channels / groups, \*kernel\)",
+    ),
+    "conv1d, stride": (
+        "conv1d",
+        dict(stride=(1, 1)),
+        ValueError,
+        r"stride: expected an integer, got \(1, 1\)",
+    ),
+    "conv1d, padding": (
+        "conv1d",
+        dict(padding="full"),
+        ValueError,
+        "padding: expected integers, 'same', 'valid' or 'causal', got 'full'",
+    ),
+    "conv1d, same": (
+        "conv1d",
+        dict(padding="same", stride=2),
+        ValueError,
+        r"padding: expected stride 1 with 'same', got stride \(2,\)",
+    ),
+    "conv1d, too short": (
+        "conv1d",
+        dict(input=torch.randn(1, 4, 2)),
+        ValueError,
+        r"input: expected a padded map at least as large as the dilated kernel \(3,\)",
+    ),
+    "conv1d, epilogue_args": (
+        "conv1d",
+        dict(epilogue=torch.add, epilogue_args=(torch.randn(6, 1, 1),)),
+        ValueError,
+        r"epilogue_args\[0\]: expected a shape broadcastable to \(1, 6, 4\), got \(6, 1, 1\)",
+    ),
+    "conv2d, causal": (
+        "conv2d",
+        dict(padding="causal"),
+        ValueError,
+        "padding: expected integers, 'same' or 'valid', got 'causal'",
+    ),
+    "conv3d, input": (
+        "conv3d",
+        dict(input=torch.randn(4, 6)),
+        ValueError,
+        "input: expected 5 dimensions",
+    ),
+    "conv3d, dilation": (
+        "conv3d",
+        dict(dilation=(1, 1)),
+        ValueError,
+        r"dilation: expected an integer or 3 integers, got \(1, 1\)",
+    ),
+    "conv_transpose2d, weight": (
+        "conv_transpose2d",
+        dict(weight=torch.randn(4, 6, 3)),
+        ValueError,
+        r"weight: expected 4 dimensions \(in_channels, out_channels / groups, \*kernel\)",
+    ),
+    "conv_transpose2d, channels": (
+        "conv_transpose2d",
+        dict(weight=torch.randn(3, 6, 3, 3)),
+        ValueError,
+        r"input: expected 3 channels .*, got 4 channels",
+    ),
+    "conv_transpose2d, groups": (
+        "conv_transpose2d",
+        dict(groups=3),
+        ValueError,
+        "groups: expected a positive divisor of in_channels = 4, got 3",
+    ),
+    "conv_transpose2d, bias": (
+        "conv_transpose2d",
+        dict(groups=2),
+        ValueError,
+        r"bias: expected shape \(12,\), got \(6,\)",
+    ),
+    "conv_transpose2d, padding": (
+        "conv_transpose2d",
+        dict(padding="same"),
+        ValueError,
+        "padding: expected integers for a transposed convolution, got 'same'",
+    ),
+    "conv_transpose2d, all padded away": (
+        "conv_transpose2d",
+        dict(padding=4),
+        ValueError,
+        r"input: expected a map .* got \(1, 4, 6, 6\)",
+    ),
+    "conv_transpose2d, empty map": (
+        "conv_transpose2d",
+        dict(input=torch.randn(1, 4, 0, 6)),
+        ValueError,
+        r"input: expected a map .* got \(1, 4, 0, 6\)",
+    ),
+    "conv_transpose2d, output_padding": (
+        "conv_transpose2d",
+        dict(stride=(2, 1), output_padding=(1, 1)),
+        ValueError,
+        r"output_padding: expected less than the stride \(2, 1\) or the dilation \(1, 1\)",
+    ),
+    "conv_transpose2d, output_padding, negative": (
+        "conv_transpose2d",
+        dict(output_padding=-1),
+        ValueError,
+        "output_padding: expected integers >= 0, got -1",
+    ),
+    "conv_transpose2d, output_padding, type": (
+        "conv_transpose2d",
+        dict(output_padding="1"),
+        TypeError,
+        "output_padding: expected an integer or 2 integers, got str",
+    ),
+    "conv_transpose2d, epilogue_args": (
+        "conv_transpose2d",
+        dict(stride=2, epilogue=torch.add, epilogue_args=(torch.randn(6, 6),)),
+        ValueError,
+        r"epilogue_args\[0\]: expected a shape broadcastable to \(1, 6, 13, 13\), got \(6, 6\)",
+    ),
+    "conv_transpose3d, precision": (
+        "conv_transpose3d",
+        dict(precision="fp8"),
+        ValueError,
+        "precision: expected ieee",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS)
+def test_the_others_refuse_too(case: tuple[str, dict[str, Any], type[Exception], str]) -> None:
+    name, changed, error, message = case
+    rank = int(name[-2])
+    weight = (4, 6, *[3] * rank) if "transpose" in name else (6, 4, *[3] * rank)
+    x = torch.randn(1, 4, *[6] * rank)
+    arguments = {"input": x, "weight": torch.randn(weight), "bias": B, **changed}
+    with pytest.raises(error, match=message) as info:
+        getattr(tc, name)(**arguments)
+    assert isinstance(info.value, tc.TritonConvError)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
+def test_signatures_are_pytorchs_and_ours(transposed: bool) -> None:
+    names = ["input", "weight", "bias", "stride", "padding"]
+    names += ["output_padding", "groups", "dilation"] if transposed else ["dilation", "groups"]
+    for rank in (1, 2, 3):
+        function = getattr(tc, f"conv{'_transpose' if transposed else ''}{rank}d")
+        parameters = inspect.signature(function).parameters
+        assert list(parameters) == [*names, "epilogue", "epilogue_args", "precision"]
+        assert [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] == [
+            "epilogue",
+            "epilogue_args",
+            "precision",
+        ]

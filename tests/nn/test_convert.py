@@ -304,6 +304,10 @@ class Subclass(nn.Conv2d):
     pass
 
 
+class Transposed(nn.ConvTranspose1d):
+    pass
+
+
 def instance_forward() -> nn.Module:
     layer = nn.Conv2d(3, 4, 3)
     layer.forward = lambda x: x  # type: ignore[method-assign]
@@ -311,11 +315,9 @@ def instance_forward() -> nn.Module:
 
 
 KEPT = {
-    "1 axis": (lambda: nn.Conv1d(3, 4, 3), "no kernel yet"),
-    "3 axes": (lambda: nn.Conv3d(3, 4, 3), "no kernel yet"),
-    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), "no kernel yet for transposed"),
     "lazy": (lambda: nn.LazyConv2d(4, 3), "lazy"),
     "subclass": (lambda: Subclass(3, 4, 3), "subclass of Conv2d: .*Subclass"),
+    "subclass, transposed": (lambda: Transposed(3, 4, 3), "subclass of ConvTranspose1d: .*"),
     "parametrized": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
         "parametrized",

@@ -120,6 +120,7 @@ def build_epilogue(
     operand_dtypes: tuple[torch.dtype, ...],
     acc_dtype: torch.dtype,
     rank: int,
+    lifted: bool = False,
 ) -> Epilogue:
     """Trace an epilogue for operands of these dtypes; repeated calls hit the trace cache.
 
@@ -129,6 +130,7 @@ def build_epilogue(
         operand_dtypes: dtypes of the tensors read at the output element.
         acc_dtype: dtype of the convolution's operands.
         rank: number of spatial axes.
+        lifted: the program is for maps of one more axis, the first one, of size one.
 
     Raises:
         ArgumentTypeError: ``fn`` cannot be called.
@@ -140,8 +142,9 @@ def build_epilogue(
         raise bad_type("epilogue", "a function of 0-d tensors or None", type(fn).__name__)
     asked = _wanted_coordinates(fn, rank)
     _check_arity(fn, 1 + len(operand_dtypes), asked)
-    wrapped = functools.partial(_call, fn, has_bias, asked, COORDINATES[rank])
-    function = trace(wrapped, _arguments(has_bias, operand_dtypes, acc_dtype, rank))
+    axes = rank + lifted
+    wrapped = functools.partial(_call, fn, has_bias, asked, COORDINATES[axes])
+    function = trace(wrapped, _arguments(has_bias, operand_dtypes, acc_dtype, axes))
     return Epilogue(register_program(function.program), function.captures)
 
 
@@ -183,9 +186,10 @@ def epilogue_key(
     operand_dtypes: tuple[torch.dtype, ...],
     acc_dtype: torch.dtype,
     rank: int,
+    lifted: bool = False,
 ) -> str:
     """Key of the traced epilogue; a constant under ``torch.compile``."""
-    return build_epilogue(fn, has_bias, operand_dtypes, acc_dtype, rank).key
+    return build_epilogue(fn, has_bias, operand_dtypes, acc_dtype, rank, lifted).key
 
 
 @torch.compiler.assume_constant_result
@@ -195,9 +199,11 @@ def epilogue_captures(
     operand_dtypes: tuple[torch.dtype, ...],
     acc_dtype: torch.dtype,
     rank: int,
+    lifted: bool = False,
 ) -> list[Tensor]:
     """Tensors that the epilogue reads at computed indices."""
-    return list(build_epilogue(fn, has_bias, operand_dtypes, acc_dtype, rank).captures)
+    epilogue = build_epilogue(fn, has_bias, operand_dtypes, acc_dtype, rank, lifted)
+    return list(epilogue.captures)
 
 
 def _call(

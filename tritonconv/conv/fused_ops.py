@@ -1,7 +1,8 @@
 """PyTorch operators of a convolution with a fused epilogue, and their derivatives.
 
-The backward of ``y = f(conv(x, w), …)`` runs the generated derivative of f
-(``tritonconv::elementwise``) and then the two product gradients.
+The product is ``conv(x, w)`` or, for a transposed convolution, its adjoint ``dgrad(x, w)``, whose
+spatial extent is given as ``result``. The backward of ``y = f(product, …)`` runs the generated
+derivative of f (``tritonconv::elementwise``) and then the two gradients of the product.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from ..runtime.backend import uses_triton
 from .dispatch import Runner, runner
 from .epilogue import apply_with_torch
 from .ops import (
+    CONV,
     CONV_DGRAD,
     CONV_WGRAD,
     FORWARD,
     GEOMETRY,
     conv_fake,
+    dgrad_fake,
+    dgrad_problem,
+    dgrad_with_torch,
     forward_problem,
     has_kernels,
     is_channels_last,
@@ -47,13 +52,17 @@ def _epilogue_impl(
     function: str,
     save_acc: bool,
     geometry: tuple[Any, ...],
+    result: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     stride, padding, dilation, groups, precision = geometry
     refresh()
     if not uses_triton(x.device) or not has_kernels(x):
         if tables.is_recording():
-            note(_epilogue_problem(x, w, operands, captures, function, save_acc, geometry))
-        acc = product_with_torch(x, w, *geometry)
+            note(_problem(x, w, operands, captures, function, save_acc, geometry, result))
+        if result is None:
+            acc = product_with_torch(x, w, *geometry)
+        else:
+            acc = dgrad_with_torch(x, w, result, geometry)
         y = apply_with_torch(function, acc, operands, captures)
         return torch.empty_like(acc).copy_(y), acc
     key = (
@@ -70,12 +79,14 @@ def _epilogue_impl(
         precision,
         function,
         save_acc,
+        result if result is None else tuple(result),
         *[(t.dtype, t.shape, t.stride()) for t in operands],
         *[(t.dtype, t.shape, t.stride()) for t in captures],
     )
     found = FORWARD.get(key)
     if found is None:
-        found = _prepare_epilogue(key, x, w, operands, captures, function, save_acc, geometry)
+        problem = _problem(x, w, operands, captures, function, save_acc, geometry, result)
+        found = _prepare(key, problem, x)
     prepared, shape, strides = found
     y = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
     saved = torch.empty_like(y) if save_acc else None
@@ -85,20 +96,27 @@ def _epilogue_impl(
     return y, saved
 
 
-def _epilogue_problem(
+def _problem(
     x: Tensor,
     w: Tensor,
     operands: list[Tensor],
     captures: list[Tensor],
-    function: str,
+    function: str | None,
     save_acc: bool,
     geometry: tuple[Any, ...],
+    result: Sequence[int] | None,
 ) -> ConvProblem:
-    bare = forward_problem(x, w, *geometry)
+    """The product with its epilogue; without one where ``function`` is None."""
+    if result is None:
+        bare = forward_problem(x, w, *geometry)
+    else:
+        bare = dgrad_problem(x, w, result, geometry)
+    if function is None:
+        return bare
     spec = EpilogueSpec(
         function,
         tuple(t.dtype for t in operands),
-        tuple(tuple(t.expand(bare.y_shape).stride()) for t in operands),
+        tuple(tuple(t.expand(bare.result_shape).stride()) for t in operands),
         tuple(t.dtype for t in captures),
         tuple(tuple(t.shape) for t in captures),
         tuple(tuple(t.stride()) for t in captures),
@@ -107,34 +125,14 @@ def _epilogue_problem(
     return replace(bare, epilogue=spec)
 
 
-def _prepare_epilogue(
-    key: Any,
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    save_acc: bool,
-    geometry: tuple[Any, ...],
+def _prepare(
+    key: Any, problem: ConvProblem, x: Tensor
 ) -> tuple[Runner | None, tuple[int, ...], tuple[int, ...]]:
-    problem = _epilogue_problem(x, w, operands, captures, function, save_acc, geometry)
-    empty = 0 in problem.y_shape
-    prepared = None if empty else runner(problem, x.device)
-    found = (prepared, problem.y_shape, problem.y_strides)
+    prepared = None if 0 in problem.result_shape else runner(problem, x.device)
+    found = (prepared, problem.result_shape, problem.result_strides)
     if prepared is None or prepared.asked.final:
         FORWARD[key] = found
     return found
-
-
-def _conv_epilogue(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> Tensor:
-    return _epilogue_impl(x, w, operands, captures, function, False, geometry)[0]
 
 
 def captures_of(function: str) -> bool:
@@ -143,28 +141,39 @@ def captures_of(function: str) -> bool:
 
 
 def prepared_forward(
-    x: Tensor, w: Tensor, operands: list[Tensor], function: str | None, geometry: tuple[Any, ...]
+    x: Tensor,
+    w: Tensor,
+    operands: list[Tensor],
+    function: str | None,
+    geometry: tuple[Any, ...],
+    result: list[int] | None = None,
+    squeezed: bool = False,
 ) -> tuple[Callable[..., Tensor] | None, bool]:
     """The launch alone, for tensors like these and no gradient; None where PyTorch computes.
 
-    The launch takes (x, w, *operands) and reads operands by pointer: their shapes are settled.
+    The launch takes (x, w, *operands) and reads them by pointer: their shapes are settled.
     The second result says whether this holds for later calls too.
+
+    Args:
+        x, w, operands, function, geometry: of the call.
+        result: spatial extent of a transposed convolution's result; None for a convolution.
+        squeezed: the launch's result has no first spatial axis (which is of size one).
     """
     if not uses_triton(x.device) or not has_kernels(x):
         return None, True
-    if function is None:
-        problem = forward_problem(x, w, *geometry)
-    else:
-        problem = _epilogue_problem(x, w, operands, [], function, False, geometry)
-        if program_of(function).captures:
-            return None, True
-    shape, strides, dtype, device = problem.y_shape, problem.y_strides, x.dtype, x.device
-    if 0 in shape or 0 in problem.w_shape:
+    if function is not None and captures_of(function):
+        return None, True
+    problem = _problem(x, w, operands, [], function, False, geometry, result)
+    shape, strides = problem.result_shape, problem.result_strides
+    dtype, device = x.dtype, x.device
+    if 0 in shape or 0 in problem.w_shape or 0 in x.shape:
         return None, True
     prepared = runner(problem, device)
     executable = prepared.executable
     if executable is None or not prepared.asked.final:
         return None, prepared.asked.final
+    if squeezed:
+        shape, strides = (*shape[:2], *shape[3:]), (*strides[:2], *strides[3:])
 
     def forward(x: Tensor, w: Tensor, *operands: Tensor) -> Tensor:
         y = torch.empty_strided(shape, strides, dtype=dtype, device=device)
@@ -172,41 +181,6 @@ def prepared_forward(
         return y
 
     return forward, True
-
-
-def _conv_epilogue_fake(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> Tensor:
-    return conv_fake(x, w, *geometry)
-
-
-def _conv_epilogue_acc(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> tuple[Tensor, Tensor]:
-    y, acc = _epilogue_impl(x, w, operands, captures, function, True, geometry)
-    assert acc is not None
-    return y, acc
-
-
-def _conv_epilogue_acc_fake(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> tuple[Tensor, Tensor]:
-    return conv_fake(x, w, *geometry), conv_fake(x, w, *geometry)
 
 
 @functools.cache
@@ -229,8 +203,8 @@ def _wanted(program: Program, needs: Sequence[bool]) -> tuple[str, ...]:
     return tuple(wrt)
 
 
-class _ConvEpilogue(library.OpFunction):
-    """y = f(conv(x, w), …); returns (y, acc) when f's gradient reads the accumulator.
+class _Epilogue(library.OpFunction):
+    """y = f(product, …); returns (y, acc) when f's gradient reads the accumulator.
 
     The accumulator is a differentiable output: a second derivative reaches x and w through it.
     """
@@ -239,6 +213,7 @@ class _ConvEpilogue(library.OpFunction):
     def forward(
         function: str,
         geometry: tuple[Any, ...],
+        result: list[int] | None,
         save_acc: bool,
         count: int,
         x: Tensor,
@@ -246,25 +221,28 @@ class _ConvEpilogue(library.OpFunction):
         *tensors: Tensor,
     ) -> Any:
         operands, captures = list(tensors[:count]), list(tensors[count:])
-        op = CONV_EPILOGUE_ACC if save_acc else CONV_EPILOGUE
-        return op.below_autograd(x, w, operands, captures, function, *geometry)
+        if result is None:
+            op = CONV_EPILOGUE_ACC if save_acc else CONV_EPILOGUE
+            return op.below_autograd(x, w, operands, captures, function, *geometry)
+        op = DGRAD_EPILOGUE_ACC if save_acc else DGRAD_EPILOGUE
+        return op.below_autograd(x, w, result, operands, captures, function, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.function, ctx.geometry, ctx.save_acc, ctx.count, x, w, *tensors = inputs
+        ctx.function, ctx.geometry, ctx.result, ctx.save_acc, ctx.count, x, w, *tensors = inputs
         y, acc = output if ctx.save_acc else (output, None)
         ctx.channels_last = is_channels_last(y)
         ctx.shape = y.shape
         ctx.dtype = y.dtype
         ctx.in_size, ctx.kernel = list(x.shape[2:]), list(w.shape[2:])
-        need_x, need_w = ctx.needs_input_grad[4:6]
+        need_x, need_w = ctx.needs_input_grad[5:7]
         ctx.save_for_backward(x if need_w else None, w if need_x else None, acc, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_acc: Tensor | None = None) -> tuple[Any, ...]:
         x, w, acc, *tensors = ctx.saved_tensors
-        need_x, need_w, *need_tensors = ctx.needs_input_grad[4:]
+        need_x, need_w, *need_tensors = ctx.needs_input_grad[5:]
         results: tuple[Tensor | None, ...] = (None,) * (1 + len(tensors))
         if grad is not None:
             # Where the derivative does not read the accumulator any tensor stands in for it.
@@ -284,22 +262,29 @@ class _ConvEpilogue(library.OpFunction):
         elif through is None:
             through = grad_acc
         grad_x = grad_w = None
-        if through is not None:
+        if through is not None and ctx.result is None:
             if need_x:
                 grad_x = CONV_DGRAD(through, w, ctx.in_size, *ctx.geometry)
             if need_w:
                 grad_w = CONV_WGRAD(through, x, ctx.kernel, *ctx.geometry)
-        return (None, None, None, None, grad_x, grad_w, *rest)
+        elif through is not None:
+            if need_x:
+                grad_x = CONV(through, w, *ctx.geometry)
+            if need_w:
+                grad_w = CONV_WGRAD(x, through, ctx.kernel, *ctx.geometry)
+        return (None,) * 5 + (grad_x, grad_w, *rest)
 
 
-def _epilogue_autograd(
+def _differentiable(
     x: Tensor,
     w: Tensor,
     operands: list[Tensor],
     captures: list[Tensor],
     function: str,
-    *geometry: Any,
+    geometry: tuple[Any, ...],
+    result: list[int] | None,
 ) -> Tensor:
+    """Save the accumulator only where the derivative that may be asked for reads it."""
     program = program_of(function)
     needs = [x.requires_grad or w.requires_grad]
     needs += [t.requires_grad for t in (*operands, *captures)]
@@ -308,21 +293,33 @@ def _epilogue_autograd(
         needs = [True] * len(needs)
     wrt = _wanted(program, needs)
     save_acc = bool(wrt) and "acc" in program.vjp(wrt).live
-    result = _ConvEpilogue.run(
-        function, geometry, save_acc, len(operands), x, w, *operands, *captures
+    found = _Epilogue.run(
+        function, geometry, result, save_acc, len(operands), x, w, *operands, *captures
     )
-    return result[0] if save_acc else result
+    return found[0] if save_acc else found
 
 
-def _epilogue_acc_autograd(
-    x: Tensor,
-    w: Tensor,
-    operands: list[Tensor],
-    captures: list[Tensor],
-    function: str,
-    *geometry: Any,
-) -> tuple[Tensor, Tensor]:
-    return _ConvEpilogue.run(function, geometry, True, len(operands), x, w, *operands, *captures)
+Tensors = list[Tensor]
+
+
+def _conv_epilogue(x: Tensor, w: Tensor, o: Tensors, c: Tensors, f: str, *g: Any) -> Tensor:
+    return _epilogue_impl(x, w, o, c, f, False, g)[0]
+
+
+def _conv_epilogue_acc(x: Tensor, w: Tensor, o: Tensors, c: Tensors, f: str, *g: Any) -> Any:
+    return _epilogue_impl(x, w, o, c, f, True, g)
+
+
+def _dgrad_epilogue(
+    x: Tensor, w: Tensor, result: list[int], o: Tensors, c: Tensors, f: str, *g: Any
+) -> Tensor:
+    return _epilogue_impl(x, w, o, c, f, False, g, result)[0]
+
+
+def _dgrad_epilogue_acc(
+    x: Tensor, w: Tensor, result: list[int], o: Tensors, c: Tensors, f: str, *g: Any
+) -> Any:
+    return _epilogue_impl(x, w, o, c, f, True, g, result)
 
 
 _EPILOGUE = f"Tensor[] operands, Tensor[] captures, str function, {GEOMETRY}"
@@ -330,13 +327,27 @@ CONV_EPILOGUE = library.define(
     "conv_epilogue",
     f"(Tensor input, Tensor weight, {_EPILOGUE}) -> Tensor",
     _conv_epilogue,
-    _conv_epilogue_fake,
-    _epilogue_autograd,
+    lambda x, w, o, c, f, *g: conv_fake(x, w, *g),
+    lambda x, w, o, c, f, *g: _differentiable(x, w, o, c, f, g, None),
 )
 CONV_EPILOGUE_ACC = library.define(
     "conv_epilogue_acc",
     f"(Tensor input, Tensor weight, {_EPILOGUE}) -> (Tensor, Tensor)",
     _conv_epilogue_acc,
-    _conv_epilogue_acc_fake,
-    _epilogue_acc_autograd,
+    lambda x, w, o, c, f, *g: (conv_fake(x, w, *g), conv_fake(x, w, *g)),
+    lambda x, w, o, c, f, *g: _Epilogue.run(f, g, None, True, len(o), x, w, *o, *c),
+)
+DGRAD_EPILOGUE = library.define(
+    "conv_dgrad_epilogue",
+    f"(Tensor input, Tensor weight, SymInt[] result, {_EPILOGUE}) -> Tensor",
+    _dgrad_epilogue,
+    lambda x, w, r, o, c, f, *g: dgrad_fake(x, w, r, *g),
+    lambda x, w, r, o, c, f, *g: _differentiable(x, w, o, c, f, g, r),
+)
+DGRAD_EPILOGUE_ACC = library.define(
+    "conv_dgrad_epilogue_acc",
+    f"(Tensor input, Tensor weight, SymInt[] result, {_EPILOGUE}) -> (Tensor, Tensor)",
+    _dgrad_epilogue_acc,
+    lambda x, w, r, o, c, f, *g: (dgrad_fake(x, w, r, *g), dgrad_fake(x, w, r, *g)),
+    lambda x, w, r, o, c, f, *g: _Epilogue.run(f, g, r, True, len(o), x, w, *o, *c),
 )

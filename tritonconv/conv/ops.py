@@ -156,6 +156,16 @@ def _gradient_problem(
     )
 
 
+def dgrad_problem(
+    grad: Tensor, w: Tensor, in_size: Sequence[int], geometry: tuple[Any, ...]
+) -> ConvProblem:
+    """The input's gradient product of these tensors as a problem."""
+    shape = (grad.shape[0], w.shape[1] * geometry[3], *in_size)
+    strides = dense_strides(shape, result_channels_last(grad, w))
+    weight = (tuple(w.shape), tuple(w.stride()))
+    return _gradient_problem(Direction.DGRAD, (shape, strides), weight, grad, *geometry)
+
+
 def _conv(
     x: Tensor,
     w: Tensor,
@@ -348,6 +358,17 @@ def _gradient_with_torch(
     return _as_format(out, channels_last)
 
 
+def dgrad_with_torch(
+    grad: Tensor, w: Tensor, in_size: Sequence[int], geometry: tuple[Any, ...]
+) -> Tensor:
+    """PyTorch's gradient of the input in the memory format that the fake promises."""
+    problem = dgrad_problem(grad, w, in_size, geometry)
+    channels_last = result_channels_last(grad, w)
+    if 0 in problem.x_shape or 0 in grad.shape or 0 in w.shape:
+        return empty(problem.x_shape, grad.dtype, grad.device, channels_last).zero_()
+    return _gradient_with_torch(problem, grad, w, channels_last, geometry)
+
+
 def _pytorch_settings(t: Tensor, precision: str) -> AbstractContextManager[None]:
     """The asked precision and order of sums, where PyTorch's kernel runs on a GPU."""
     if not t.is_cuda:
@@ -361,7 +382,7 @@ def _as_format(t: Tensor, channels_last: bool) -> Tensor:
     return t.contiguous() if form is None else t.contiguous(memory_format=form)
 
 
-def _dgrad_fake(
+def dgrad_fake(
     grad: Tensor,
     w: Tensor,
     in_size: list[int],
@@ -371,6 +392,7 @@ def _dgrad_fake(
     groups: int,
     precision: str,
 ) -> Tensor:
+    """Shape, dtype and strides of the input's gradient product."""
     shape = (grad.shape[0], w.shape[1] * groups, *in_size)
     return empty(shape, grad.dtype, grad.device, result_channels_last(grad, w))
 
@@ -470,7 +492,7 @@ CONV_DGRAD = library.define(
     "conv_dgrad",
     f"(Tensor grad_output, Tensor weight, SymInt[] in_size, {GEOMETRY}) -> Tensor",
     _dgrad,
-    _dgrad_fake,
+    dgrad_fake,
     _Dgrad.run,
 )
 CONV_WGRAD = library.define(

@@ -214,6 +214,15 @@ class ConvProblem:
         }[self.direction]
 
     @property
+    def result_strides(self) -> tuple[int, ...]:
+        """Strides of the tensor that the product writes."""
+        return {
+            Direction.FORWARD: self.y_strides,
+            Direction.DGRAD: self.x_strides,
+            Direction.WGRAD: self.w_strides,
+        }[self.direction]
+
+    @property
     def taps(self) -> int:
         """Number of filter taps."""
         return math.prod(self.kernel)

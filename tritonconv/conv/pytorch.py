@@ -15,8 +15,11 @@ Pads = Sequence[tuple[int, int]]
 
 
 def _symmetric(padding: Pads) -> tuple[list[int], list[int]]:
-    """Split (low, high) pairs into PyTorch's symmetric padding and what ``F.pad`` must add."""
-    common = [min(low, high) for low, high in padding]
+    """Split (low, high) pairs into PyTorch's symmetric padding and what ``F.pad`` must add.
+
+    What is to be added at an end is negative where a map is to be cut there.
+    """
+    common = [max(min(low, high), 0) for low, high in padding]
     extra: list[int] = []
     for (low, high), both in zip(reversed(padding), reversed(common), strict=True):
         extra += [low - both, high - both]
@@ -86,9 +89,7 @@ def dgrad(
         groups,
         [True, False, False],
     )[0]
-    for axis, (size, low) in enumerate(zip(in_size, extra[::2][::-1], strict=True)):
-        result = result.narrow(axis + 2, low, size)
-    return result
+    return F.pad(result, [-more for more in extra]) if any(extra) else result
 
 
 def wgrad(

@@ -1,6 +1,18 @@
 """``torch.nn`` modules over the library's functions, and conversion of existing models."""
 
-from .conv import Conv2d
+from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .convert import ConversionReport, Converted, Kept, convert, revert
 
-__all__ = ["Conv2d", "ConversionReport", "Converted", "Kept", "convert", "revert"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "ConversionReport",
+    "Converted",
+    "Kept",
+    "convert",
+    "revert",
+]
