@@ -11,7 +11,7 @@ from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem
 from .common import TileConfig, unsupported_dtype
 from .footprints import product_footprint
-from .implicit_gemm import plan_of
+from .implicit_gemm import PRODUCT_SOURCES, plan_of
 from .tiles import tile_space
 
 

@@ -31,7 +31,7 @@ from .common import (
     widen_strides,
 )
 from .footprints import depthwise_footprint
-from .implicit_gemm import reduction_call
+from .implicit_gemm import PRODUCT_SOURCES, reduction_call
 from .tiles import around, needs_bounds
 
 

@@ -15,6 +15,16 @@ from .product_dgrad import dgrad_plan
 from .product_forward import forward_plan
 from .product_wgrad import reduction_call, wgrad_plan
 
+PRODUCT_SOURCES = (
+    "common",
+    "implicit_gemm",
+    "product_dgrad",
+    "product_forward",
+    "product_wgrad",
+    "tiles",
+)
+"""What an algorithm that runs implicit products in any direction depends on."""
+
 
 def plan_of(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
     """Plan of whichever direction the problem asks for."""
