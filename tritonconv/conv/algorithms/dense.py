@@ -20,14 +20,7 @@ class Dense(Algorithm):
 
     name: ClassVar[str] = "dense"
     config_type = TileConfig
-    sources = (
-        "common",
-        "implicit_gemm",
-        "product_dgrad",
-        "product_forward",
-        "product_wgrad",
-        "tiles",
-    )
+    sources = PRODUCT_SOURCES
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Ungrouped problems in a dtype of the generated kernels."""

@@ -362,14 +362,7 @@ class Depthwise(Algorithm):
 
     name: ClassVar[str] = "depthwise"
     config_type = DepthwiseConfig
-    sources = (
-        "common",
-        "implicit_gemm",
-        "product_dgrad",
-        "product_forward",
-        "product_wgrad",
-        "tiles",
-    )
+    sources = PRODUCT_SOURCES
 
     def supports(self, problem: ConvProblem) -> str | None:
         """groups == in_channels > 1."""

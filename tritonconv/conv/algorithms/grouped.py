@@ -22,14 +22,7 @@ class Grouped(Algorithm):
 
     name: ClassVar[str] = "grouped"
     config_type = TileConfig
-    sources = (
-        "common",
-        "implicit_gemm",
-        "product_dgrad",
-        "product_forward",
-        "product_wgrad",
-        "tiles",
-    )
+    sources = PRODUCT_SOURCES
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Several groups of several channels each."""
