@@ -109,6 +109,18 @@ def spread(problem: ConvProblem, count: int) -> list[SingleConfig]:
     return chosen
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("case", "span"),
+    [("3x3", 2), ("three channels", 4), ("stem", 1), ("volume", 8), ("volume, two channels", 4)],
+)
+def test_weight_gradient_of_runs(case: str, span: int, layout: str, device: torch.device) -> None:
+    operator, problem = problem_of(case, Direction.WGRAD, dtype="float16", layout=layout)
+    for split in (1, 3):
+        config = SingleConfig(RUNS, 2, 64, 16, 4, 3, split=split, span=span)
+        run_and_check(operator, problem, device, config)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("direction", Direction, ids=str)
 @pytest.mark.parametrize("case", SOME)

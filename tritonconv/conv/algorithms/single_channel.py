@@ -7,6 +7,7 @@ maps by pixels: both are the shape of the tile.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ...runtime.operators import Algorithm, Config, source_hash_of
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from ...runtime.space import Choice, ConfigSpace, Constraint, Derived, Footprint, PowerOfTwo
 from ..problem import ConvProblem, Direction
-from . import single_forward, single_gradients, single_runs
+from . import single_forward, single_gradients, single_run_gradients, single_runs
 from .common import (
     epilogue_arguments,
     lifted,
@@ -148,7 +149,7 @@ class SingleChannel(Algorithm):
 
     def source_hash(self) -> str:
         """Of this file and of the kernels."""
-        modules = (single_forward, single_gradients, single_runs)
+        modules = (single_forward, single_gradients, single_runs, single_run_gradients)
         return source_hash_of((__file__, *(str(module.__file__) for module in modules)))
 
     def supports(self, problem: ConvProblem) -> str | None:
@@ -253,15 +254,8 @@ def _forward_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
     return LaunchPlan((call,), slot_dtypes(problem))
 
 
-def _run_plan(problem: ConvProblem, config: SingleConfig, constexprs: dict[str, Any]) -> LaunchPlan:
-    """Two launches: the weights unrolled along the span, then the product."""
-    runs = _runs(problem, config.span)
-    assert runs is not None, "the space has no runs for this problem"
-    epilogue = epilogue_arguments(problem)
-    tiles_m = cdiv(problem.out_channels, config.block_m)
-    columns = config.span * config.block_m
-    block = 512
-    shared = {
+def _run_constexprs(problem: ConvProblem, config: SingleConfig, runs: _Runs) -> dict[str, Any]:
+    return {
         "INNER": runs.inner,
         "LEAD": runs.lead,
         "RUN": runs.length,
@@ -270,6 +264,17 @@ def _run_plan(problem: ConvProblem, config: SingleConfig, constexprs: dict[str, 
         "SPAN": config.span,
         "PIXELS_FASTEST": problem.y_strides[-1] < problem.y_strides[1],
     }
+
+
+def _run_plan(problem: ConvProblem, config: SingleConfig, constexprs: dict[str, Any]) -> LaunchPlan:
+    """Two launches: the weights unrolled along the span, then the product."""
+    runs = _runs(problem, config.span)
+    assert runs is not None, "the space has no runs for this problem"
+    epilogue = epilogue_arguments(problem)
+    tiles_m = cdiv(problem.out_channels, config.block_m)
+    columns = config.span * config.block_m
+    block = 512
+    shared = _run_constexprs(problem, config, runs)
     unroll = KernelCall(
         single_runs.single_unroll_kernel,
         (cdiv(tiles_m * runs.depth * columns, block), 1, 1),
@@ -313,11 +318,11 @@ def _run_plan(problem: ConvProblem, config: SingleConfig, constexprs: dict[str, 
 
 
 def _wgrad_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
+    if config.engine == RUNS:
+        return _wgrad_run_plan(problem, config)
     depth = problem.taps * problem.in_channels
     block_k = power_of_two(depth, 16, 64)
-    tiles = _tiles(problem, config)
-    per_split = cdiv(tiles, max(1, min(config.split, tiles)))
-    splits = max(1, cdiv(tiles, per_split))
+    per_split, splits = _split_tiles(problem, config)
     partial = splits > 1
     call = KernelCall(
         single_gradients.single_wgrad_kernel,
@@ -365,6 +370,71 @@ def _wgrad_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
         num_warps=4,
     )
     return LaunchPlan((call, reduction), dtypes, (space,))
+
+
+def _split_tiles(problem: ConvProblem, config: SingleConfig) -> tuple[int, int]:
+    """Tiles of one split, and splits none of which is empty."""
+    tiles = _tiles(problem, config)
+    per_split = cdiv(tiles, max(1, min(config.split, tiles)))
+    return per_split, max(1, cdiv(tiles, per_split))
+
+
+def _wgrad_run_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
+    """Two launches: the products of all pairs, then the sums over splits and spans."""
+    runs = _runs(problem, config.span)
+    assert runs is not None, "the space has no runs for this problem"
+    per_split, splits = _split_tiles(problem, config)
+    tiles_m = cdiv(problem.out_channels, config.block_m)
+    columns = config.span * config.block_m
+    block_k = power_of_two(runs.depth, 16, 256)
+    shared = _run_constexprs(problem, config, runs)
+    product = KernelCall(
+        single_run_gradients.single_wgrad_run_kernel,
+        (tiles_m * cdiv(runs.depth, block_k), splits, 1),
+        (
+            Slot("grad_output"),
+            Slot("input"),
+            Slot("partial"),
+            *spatial_arguments(problem),
+            per_split,
+        ),
+        {
+            "CHANNELS": problem.in_channels,
+            "FILTERS": problem.out_channels,
+            **spatial_constexprs(problem),
+            **_checks(problem, config.block_h, config.block_w),
+            **shared,
+            **precision_constexprs(problem),
+            "BLOCK_H": config.block_h,
+            "BLOCK_W": config.block_w,
+            "BLOCK_M": config.block_m,
+            "BLOCK_K": block_k,
+        },
+        config.num_warps,
+        config.num_stages,
+    )
+    del shared["RUNS"]
+    reduction = KernelCall(
+        single_run_gradients.single_reduce_run_kernel,
+        (cdiv(problem.out_channels * problem.taps * problem.in_channels, 32), 1, 1),
+        (Slot("partial"), Slot("grad_weight"), splits, spatial_arguments(problem)[4]),
+        {
+            "CHANNELS": problem.in_channels,
+            "FILTERS": problem.out_channels,
+            **{f"KERNEL_{a}": n for a, n in zip("DHW", lifted(problem.kernel, 1), strict=True)},
+            "STRIDE_W": problem.stride[-1],
+            "DILATION_W": problem.dilation[-1],
+            **shared,
+            "WIDE": problem.wide,
+            "BLOCK_M": config.block_m,
+            "BLOCK": 32,
+            "BLOCK_S": min(64, triton.next_power_of_2(splits)),
+        },
+        num_warps=4,
+    )
+    space = Workspace("partial", (splits, tiles_m, columns, runs.depth), torch.float32)
+    dtypes = {**slot_dtypes(problem), "partial": torch.float32}
+    return LaunchPlan((product, reduction), dtypes, (space,))
 
 
 def _dgrad_tile(problem: ConvProblem, block_h: int, block_w: int) -> tuple[int, int]:
@@ -558,46 +628,66 @@ def _least_waste(size: int, low: int, high: int) -> int:
 
 def _wgrad_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[SingleConfig]:
     _, height, width = lifted(problem.out_size, 1)
-    depth = power_of_two(problem.taps * problem.in_channels, 16, 64)
+    depth = problem.taps * problem.in_channels
     most_m = power_of_two(problem.out_channels, 16, 128)
     most_w = max(16, triton.next_power_of_2(width))
     most_h = triton.next_power_of_2(height)
-    default_m = min(64, most_m)
     most_pixels = 64 if _scalar(problem) else 128
-    block_w = _least_waste(width, 16, most_pixels)
-    block_h = min(most_pixels // block_w, most_h)
-    while block_h * block_w < 32:
-        block_h *= 2
-    default = SingleConfig(MMA, block_h, block_w, default_m, 4, 3)
+    spans = [1]
+    engines = [MMA]
+    if not _scalar(problem) and depth > 4:
+        spans = [span for span in (1, 2, 4, 8) if span <= width and _runs(problem, span)] or [1]
+        if _runs(problem, spans[-1]):
+            engines.append(RUNS)
 
     @functools.cache
-    def splits(block_h: int, block_w: int, block_m: int) -> tuple[int, ...]:
-        tried = SingleConfig(MMA, block_h, block_w, block_m, 4)
+    def splits(engine: int, block_h: int, block_w: int, block_m: int, span: int) -> tuple[int, ...]:
+        tried = SingleConfig(engine, block_h, block_w, block_m, 4, span=span)
         return around(_wgrad_split(problem, tried, device))
+
+    @functools.cache
+    def columns(engine: int, block_m: int, span: int) -> tuple[int, int]:
+        """Rows and columns of the accumulator; no columns where there are no runs."""
+        if engine == MMA:
+            return block_m, power_of_two(depth, 16, 64) if span == 1 else 0
+        runs = _runs(problem, span)
+        if runs is None or runs.depth > 1024:
+            return 0, 0
+        return block_m * span, power_of_two(runs.depth, 16, 256)
 
     return ConfigSpace(
         SingleConfig,
         (
-            Choice("engine", (MMA,)),
-            Choice("span", (1,)),
-            PowerOfTwo("num_warps", 2, 8),
+            Choice("engine", tuple(engines)),
+            Choice("num_warps", (4, 8, 2), ordered=False),
             PowerOfTwo("block_m", 16, most_m),
+            Choice("span", tuple(sorted({1, *spans})), ordered=True),
             PowerOfTwo("block_w", 16, min(256, most_w)),
             PowerOfTwo("block_h", 1, min(16, max(2, most_h))),
-            Choice("num_stages", (3, 2, 4)),
+            Choice("num_stages", (3, 2, 4), ordered=False),
             Derived("split", splits),
         ),
         (
             Constraint(
+                "columns",
+                "no runs of this span, or an accumulator of more than 128 or less than 4 registers",
+                lambda engine, num_warps, block_m, span: (
+                    128 * num_warps <= math.prod(columns(engine, block_m, span)) <= 4096 * num_warps
+                ),
+            ),
+            Constraint(
                 "pixels",
                 "a step reads too few pixels to cover its latency, or more than it can hold",
-                lambda block_h, block_w: 32 <= block_h * block_w <= 4 * most_pixels,
+                lambda block_h, block_w, span: (
+                    32 <= block_h * block_w <= 4 * most_pixels and block_h * block_w // span >= 16
+                ),
             ),
             Constraint(
                 "registers",
                 "more than 64 elements of the window's tile in a thread",
-                lambda num_warps, block_h, block_w: (
-                    block_h * block_w * depth <= 64 * 32 * num_warps
+                lambda engine, num_warps, block_h, block_w, block_m, span: (
+                    block_h * block_w // span * columns(engine, block_m, span)[1]
+                    <= 64 * 32 * num_warps
                 ),
             ),
             Constraint(
@@ -608,15 +698,53 @@ def _wgrad_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Singl
                 ),
             ),
         ),
-        SingleConfig(**{**default.as_dict(), "split": _wgrad_split(problem, default, device)}),
+        _wgrad_default(problem, device),
     )
 
 
+def _wgrad_default(problem: ConvProblem, device: DeviceFacts) -> SingleConfig:
+    """Runs where windows are large and the map is; otherwise windows."""
+    _, height, width = lifted(problem.out_size, 1)
+    most_m = power_of_two(problem.out_channels, 16, 64)
+    most_h = triton.next_power_of_2(height)
+    window = problem.taps * problem.in_channels
+    large = math.prod(problem.y_shape) * problem.dtype.itemsize >= _LARGE
+    span = max(1, min(4, 128 // most_m))
+    runs = _runs(problem, span) if span <= width else None
+    if not _scalar(problem) and window > 16 and large and runs is not None and runs.depth <= 256:
+        block_w = _least_waste(width, 16, 64)
+        block_h = max(1, min(32 * span // block_w, most_h))
+        while block_h * block_w // span < 16:
+            block_h *= 2
+        warps = 8 if span * most_m * power_of_two(runs.depth, 16, 256) > 4 * 4096 else 4
+        default = SingleConfig(RUNS, block_h, block_w, most_m, warps, 3, span=span)
+    else:
+        pixels = 64 if _scalar(problem) else 128
+        block_w = _least_waste(width, 16, pixels)
+        block_h = min(pixels // block_w, most_h)
+        while block_h * block_w < 32:
+            block_h *= 2
+        # Elements of windows are gathered one by one: leave each thread few of them.
+        warps = 8 if pixels * power_of_two(window, 16, 64) >= 4096 else 4
+        default = SingleConfig(MMA, block_h, block_w, most_m, warps, 3)
+    return dataclasses.replace(default, split=_wgrad_split(problem, default, device))
+
+
 def _wgrad_split(problem: ConvProblem, config: SingleConfig, device: DeviceFacts) -> int:
-    """Four programs to a multiprocessor, unless the weight's columns fill it already."""
+    """Four programs to a multiprocessor, fewer where each writes large partial sums."""
     depth = problem.taps * problem.in_channels
-    tiles = cdiv(problem.out_channels, config.block_m) * cdiv(depth, power_of_two(depth, 16, 64))
-    return max(1, min(4 * device.sm_count // tiles, _tiles(problem, config)))
+    grids = cdiv(problem.out_channels, config.block_m)
+    programs = 4 * device.sm_count
+    runs = _runs(problem, config.span) if config.engine == RUNS else None
+    if runs is not None:
+        grids *= cdiv(runs.depth, 256)
+        if config.span * config.block_m * runs.depth > 16384:
+            programs = device.sm_count
+        elif config.span * config.block_m * runs.depth > 4096:
+            programs = 2 * device.sm_count
+    else:
+        grids *= cdiv(depth, power_of_two(depth, 16, 64))
+    return max(1, min(programs // grids, _tiles(problem, config)))
 
 
 def _dgrad_blocks(problem: ConvProblem) -> list[tuple[int, int]]:
@@ -657,8 +785,13 @@ def _dgrad_space(problem: ConvProblem) -> ConfigSpace[SingleConfig]:
         tiles = cdiv(in_h, tile_h * stride_h) * cdiv(in_w, tile_w * stride_w)
         return tiles * (block[0] * block[1] + 64)
 
-    smaller = [block for block in blocks if block[0] * block[1] <= 256] or blocks
+    _, kernel_h, kernel_w = lifted(problem.kernel, 1)
+    taps = power_of_two(kernel_h * kernel_w, 16, 1024)
+    # Where filters are far apart, addresses take the registers of half the products.
+    most = _SHARED_ELEMENTS if problem.y_strides[1] == 1 else _SHARED_ELEMENTS // 2
+    smaller = [(h, w) for h, w in blocks if h * w <= min(256, most // taps)] or blocks
     block_h, block_w = min(smaller, key=lambda block: (waste(block), block))
+    warps = 8 if taps * block_h * block_w >= _SHARED_ELEMENTS // 2 else 4
     fitting = set(blocks)
     heights = tuple(sorted({block[0] for block in blocks}))
     widths = tuple(sorted({block[1] for block in blocks}))
@@ -688,7 +821,7 @@ def _dgrad_space(problem: ConvProblem) -> ConfigSpace[SingleConfig]:
                 ),
             ),
         ),
-        SingleConfig(MMA, block_h, block_w, most_m, 4, 2),
+        SingleConfig(MMA, block_h, block_w, most_m, warps, 2),
     )
 
 
@@ -752,21 +885,26 @@ def _footprint(problem: ConvProblem, config: SingleConfig, device: DeviceFacts) 
             steps=planes * cdiv(problem.out_channels, config.block_m),
             matrix=matrix,
         )
+    rows = config.block_m * config.span
     block_k = power_of_two(depth, 16, 64)
+    if runs is not None:
+        depth = runs.depth
+        block_k = power_of_two(depth, 16, 256)
     k_tiles = cdiv(depth, block_k)
-    per_split = cdiv(tiles, max(1, min(config.split, tiles)))
-    splits = max(1, cdiv(tiles, per_split))
-    weight = problem.out_channels * depth
+    units = pixels // config.span
+    per_split, splits = _split_tiles(problem, config)
+    steps = tiles * m_tiles * k_tiles
+    streamed = rows + block_k if runs is not None else rows
     return Footprint(
         programs=m_tiles * k_tiles * splits,
         threads=threads,
-        shared_bytes=pixels * (config.block_m * config.num_stages + block_k) * size,
-        accumulators=max(1, config.block_m * block_k // threads),
-        bytes_loaded=k_tiles * y_bytes + tiles * m_tiles * k_tiles * pixels * block_k * size,
-        bytes_stored=weight * (8 * splits + size if splits > 1 else size),
-        flops=2 * tiles * m_tiles * k_tiles * pixels * config.block_m * block_k,
+        shared_bytes=units * (streamed * config.num_stages + rows + block_k - streamed) * size,
+        accumulators=max(1, rows * block_k // threads),
+        bytes_loaded=k_tiles * y_bytes + steps * units * block_k * size,
+        bytes_stored=m_tiles * rows * depth * (8 * splits if splits > 1 or runs else size),
+        flops=2 * steps * units * rows * block_k,
         steps=per_split,
         in_flight=max(1, config.num_stages - 1),
-        launches=2 if splits > 1 else 1,
+        launches=2 if splits > 1 or runs is not None else 1,
         matrix=matrix,
     )

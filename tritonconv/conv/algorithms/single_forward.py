@@ -14,7 +14,7 @@ from .common import matmul_step, widen_all
 
 @triton.jit
 def tile_origin(tile, size, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(image, plane, first row, first column) of a tile of a batch of maps of ``size`` (d, h, w)."""
+    """(image, plane, first row, first column) of a tile of maps of ``size`` (d, h, w)."""
     tiles_w = tl.cdiv(size[2], BLOCK_W)
     tiles_h = tl.cdiv(size[1], BLOCK_H)
     column = (tile % tiles_w) * BLOCK_W
@@ -117,7 +117,7 @@ def single_forward_fma_kernel(
     mask_m = m < FILTERS
     accs = ()
     for _ in tl.static_range(BLOCK_H):
-        accs = accs + (tl.zeros((BLOCK_W, BLOCK_M), tl.float32),)
+        accs = accs + (tl.zeros((BLOCK_W, BLOCK_M), tl.float32),)  # noqa: RUF005
     for c in tl.static_range(CHANNELS):
         for d in tl.static_range(KERNEL_D):
             in_plane = plane * STRIDE_D - PAD_D + d * DILATION_D
@@ -147,7 +147,7 @@ def single_forward_fma_kernel(
                             x = tl.load(pointers)
                         acc = accs[i]
                         acc += x.to(tl.float32)[:, None] * w[None, :]
-                        updated = updated + (acc,)
+                        updated = updated + (acc,)  # noqa: RUF005
                     accs = updated
     y_plane = image * y_strides[0] + plane * y_strides[2]
     y_tile = (columns * y_strides[4])[:, None] + (m * y_strides[1])[None, :]
