@@ -10,10 +10,12 @@ from .few_channel import FewChannel
 from .grouped import Grouped
 from .patchify import Patchify
 from .pointwise import Pointwise
+from .single_channel import SingleChannel
 
 ALGORITHMS: tuple[Algorithm, ...] = (
     Pointwise(),
     Patchify(),
+    SingleChannel(),
     FewChannel(),
     Depthwise(),
     Grouped(),
