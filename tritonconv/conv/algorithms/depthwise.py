@@ -26,7 +26,7 @@ from . import depthwise_source, depthwise_taps, depthwise_weights
 from .common import epilogue_arguments, lifted, slot_dtypes, unsupported_dtype
 from .depthwise_model import Shape, cost, footprint
 from .depthwise_source import Stencil, generated_kernel
-from .depthwise_taps import axes
+from .depthwise_taps import Axis, axes
 from .depthwise_weights import packed_strides, packing_call, summing_call, weight_strides
 from .footprints import cdiv
 
@@ -120,27 +120,34 @@ def _candidates(problem: ConvProblem, device: DeviceFacts) -> list[DepthwiseConf
     size = problem.in_size if gradient else problem.out_size
     height, width = lifted(size, 1)[1:]
     channels = problem.in_channels if gradient else problem.out_channels
+    filter_rows = lifted(problem.kernel, 1)[1]
+    packs: tuple[int, ...] = (0,)
     if problem.x_layout == "contiguous":
         vectors: tuple[int, ...] = (1,)
         blocks: tuple[int, ...] = (1,)
         tiles_h = _tile_sizes(height, (1, 2, 4, 7, 8, 14))
         tiles_w = _tile_sizes(width, (1, 2, 4))
-        packs: tuple[int, ...] = (0,)
     else:
-        vectors = tuple(v for v in (1, 2, 4, 8) if channels % v == 0)
-        vectors = vectors[-3:] if problem.dtype.itemsize == 2 else vectors[:3][-2:]
+        vectors = _vectors(problem, channels)
         blocks = _channel_blocks(channels)
         tiles_h = _tile_sizes(height, (1, 2, 4))
-        tiles_w = _tile_sizes(width, (2, 4, 7, 8, 14, 16))
-        packs = (0,) if wgrad else (1, 0)
-    rows = (0,)
-    if wgrad and lifted(problem.kernel, 1)[1] > 3:
-        rows = (0, cdiv(lifted(problem.kernel, 1)[1], 2))
+        tiles_w = _tile_sizes(width, (1, 2, 4, 7, 8, 14, 16))
+        if not wgrad:
+            packs = (1, 0) if problem.taps <= 9 else (1,)
+    rows = (0, cdiv(filter_rows, 2)) if wgrad and filter_rows > 3 else (0,)
+    tiles = [
+        (vector, tile_h, tile_w)
+        for vector, tile_h, tile_w in itertools.product(vectors, tiles_h, tiles_w)
+        if vector * tile_h * tile_w <= 64
+    ]
+    most = max(vector * tile_h * tile_w for vector, tile_h, tile_w in tiles)
     found = []
-    for vector, block_c, tile_h, tile_w, warps, pack, chunk in itertools.product(
-        vectors, blocks, tiles_h, tiles_w, (1, 2, 4, 8), packs, rows
+    for (vector, tile_h, tile_w), block_c, warps, pack, chunk in itertools.product(
+        tiles, blocks, (1, 2, 4, 8), packs, rows
     ):
-        if not _sensible(vector, block_c, tile_h * tile_w, warps):
+        # Threads with little to do, and programs with less than one tile.
+        few = vector * tile_h * tile_w * 4 < most or (warps == 1 and block_c > 32)
+        if few or not vector <= block_c <= 32 * warps * vector:
             continue
         config = DepthwiseConfig(block_c, vector, tile_h, tile_w, warps, pack, chunk)
         if wgrad:
@@ -151,6 +158,12 @@ def _candidates(problem: ConvProblem, device: DeviceFacts) -> list[DepthwiseConf
     return found
 
 
+def _vectors(problem: ConvProblem, channels: int) -> tuple[int, ...]:
+    """Channels of a thread: as many as one load brings, fewer where weights take the registers."""
+    wide = 1 if problem.dtype.itemsize == 4 or problem.taps > 9 else 2
+    return tuple(v for v in (2 * wide, 4 * wide) if channels % v == 0) or (2 - channels % 2,)
+
+
 def _tile_sizes(size: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Sizes of tiles that waste less than a fifth of an axis; the smallest always."""
     kept = tuple(t for t in sizes if cdiv(size, t) * t * 5 < size * 6)
@@ -159,13 +172,9 @@ def _tile_sizes(size: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def _channel_blocks(channels: int) -> tuple[int, ...]:
     """Powers of two that waste less than a fifth of the channels, or what wastes least."""
-    padded = {block: cdiv(channels, block) * block for block in (8, 16, 32, 64, 128)}
+    padded = {block: cdiv(channels, block) * block for block in (8, 16, 32, 64)}
     kept = tuple(b for b, size in padded.items() if b >= 16 and size * 5 < channels * 6)
-    return kept or (min(padded, key=lambda block: (padded[block], -block)),)
-
-
-def _sensible(vector: int, block_c: int, outputs: int, warps: int) -> bool:
-    return outputs * vector <= 64 and vector <= block_c <= 32 * warps * vector
+    return kept[-2:] or (min(padded, key=lambda block: (padded[block], -block)),)
 
 
 def _splits_worth_trying(
@@ -198,18 +207,23 @@ def _shape(problem: ConvProblem, config: DepthwiseConfig) -> Shape:
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _axes(problem: ConvProblem, tile_h: int, tile_w: int, rows: int) -> tuple[Axis, Axis, Axis]:
+    tile = (1, tile_h, tile_w)
+    if problem.direction is Direction.DGRAD:
+        depth, *hops = lifted(problem.stride, 1)
+        tile = (depth, *(cdiv(t, hop) * hop for t, hop in zip(tile[1:], hops, strict=True)))
+    depth_axis, height, width = axes(problem, tile)
+    if problem.direction is Direction.WGRAD and 0 < rows < height.taps:
+        shift = (cdiv(height.taps, rows) - 1) * rows * height.dilation
+        height = dataclasses.replace(height, taps=rows, shift=shift)
+    return depth_axis, height, width
+
+
 def stencil_of(problem: ConvProblem, config: DepthwiseConfig) -> Stencil:
     """What a config's kernel is generated for."""
     gradient = problem.direction is Direction.DGRAD
-    tile = (1, config.tile_h, config.tile_w)
-    if gradient:
-        hops = lifted(problem.stride, 1)
-        tile = (hops[0], *(cdiv(t, hop) * hop for t, hop in zip(tile[1:], hops[1:], strict=True)))
-    found = axes(problem, tile)
-    if problem.direction is Direction.WGRAD and 0 < config.rows < found[1].taps:
-        height = found[1]
-        shift = (cdiv(height.taps, config.rows) - 1) * config.rows * height.dilation
-        found = (found[0], dataclasses.replace(height, taps=config.rows, shift=shift), found[2])
+    found = _axes(problem, config.tile_h, config.tile_w, config.rows)
     channels = problem.in_channels if gradient else problem.out_channels
     tiles = problem.batch * math.prod(axis.tiles for axis in found)
     return Stencil(
@@ -219,8 +233,23 @@ def stencil_of(problem: ConvProblem, config: DepthwiseConfig) -> Stencil:
         full=tiles % config.block_p == 0,
         wide=problem.wide,
         known=_known_strides(problem, config),
-        unroll=problem.direction is Direction.WGRAD or problem.taps <= 9,
+        unroll=_unroll(problem, found, config.vector),
         filter=lifted(problem.kernel, 1)[:2] if problem.direction is Direction.WGRAD else (0, 0),
+    )
+
+
+_MOST_PRODUCTS = 1024
+"""Written out in a row: more than that the instruction cache does not hold."""
+
+
+def _unroll(problem: ConvProblem, found: tuple[Axis, Axis, Axis], vector: int) -> tuple[bool, bool]:
+    """Whether planes and rows of the filter are written out; a weight gradient names every tap."""
+    if problem.direction is Direction.WGRAD:
+        return True, True
+    pairs = [sum(map(len, axis.reads().values())) for axis in found]
+    return (
+        pairs[0] * pairs[1] * pairs[2] * vector <= _MOST_PRODUCTS,
+        found[0].tile * pairs[1] * pairs[2] * vector <= _MOST_PRODUCTS,
     )
 
 
@@ -233,10 +262,8 @@ def _known_strides(problem: ConvProblem, config: DepthwiseConfig) -> tuple[tuple
         x, y = y, x
     known = [("x_sw", x), ("y_sw", y)]
     if config.pack:
-        known += zip(
-            ("w_sn", "w_sd", "w_sh", "w_sw"),
-            packed_strides(problem)[:1] + packed_strides(problem)[2:],
-        )
+        names = ("w_sn", "w_sc", "w_sd", "w_sh", "w_sw")
+        known += zip(names, packed_strides(problem), strict=True)
     return tuple(known)
 
 

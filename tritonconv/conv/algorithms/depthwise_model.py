@@ -6,6 +6,7 @@ taken apart into multiply-adds, loads, conversions and addresses. The constants 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -69,11 +70,18 @@ class Cost:
     seconds: float
 
 
+@functools.lru_cache(maxsize=4096)
+def _counts(axis: Axis) -> tuple[int, int, int, int]:
+    """Positions read, (output, tap) pairs, most pairs of a position, extent of what is read."""
+    found = axis.reads()
+    pairs = [len(served) for served in found.values()]
+    reach = max(found, default=0) - min(found, default=0) + 1
+    return len(pairs), sum(pairs), max(pairs, default=1), reach
+
+
 def _halo(axis: Axis, tiles: int) -> float:
     """Positions that neighbouring tiles read, over those that they own."""
-    offsets = axis.reads()
-    reach = max(offsets, default=0) - min(offsets, default=0) + 1
-    return ((tiles - 1) * axis.step + reach) / (tiles * axis.step)
+    return ((tiles - 1) * axis.step + _counts(axis)[3]) / (tiles * axis.step)
 
 
 def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
@@ -81,22 +89,31 @@ def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
     d, h, w = stencil.depth, stencil.height, stencil.width
     wgrad = stencil.filter != (0, 0)
     copies = stencil.multiplier if w.gradient else 1
-    pairs = [sum(map(len, axis.reads().values())) for axis in (d, h, w)]
-    reads = [len(axis.reads()) for axis in (d, h, w)]
+    counts = [_counts(axis) for axis in (d, h, w)]
+    pairs = [found[1] for found in counts]
     vector, size = shape.vector, shape.itemsize
     outputs = d.tile * h.tile * w.tile
-    convert = 0.0 if size == 4 else 1.0
-    # Instructions of a thread for one tile: a load takes an address and perhaps a predicate.
-    products = math.prod(pairs) * vector * copies
-    loads = math.prod(reads) * copies
-    weights = 0 if wgrad else pairs[0] * pairs[1] * w.taps * copies
-    weight_parts = 1 if shape.packed else vector
-    one = products + loads * (3 + convert * vector)
-    one += weights * weight_parts * (2 if shape.packed else 3) + outputs * (vector + 6) + 100
-    # Passes through the L1 cache of a warp, 128 bytes each.
-    passes = (loads + outputs) * max(1.0, vector * size / 4)
-    scattered = min(32, max(1, shape.block_c // vector))
-    passes += weights * (vector if shape.packed else vector * scattered)
+    convert = 0 if size == 4 else vector
+    # Instructions of a thread for one tile. A load may need a predicate and zeros.
+    products = pairs[0] * pairs[1] * pairs[2] * vector * copies
+    loads = counts[0][0] * counts[1][0] * counts[2][0] * copies
+    one = products + loads * (2.5 + convert) + outputs * (vector + 5) + 120
+    # Passes through the L1 cache of a warp: of 128 bytes, or of two lines of the cache.
+    lines = 16 * vector / shape.block_c if shape.block_c > 1 else w.step * size / 4
+    passes = (loads + outputs) * max(1.0, vector * size / 4, lines)
+    if wgrad:
+        one += outputs * convert
+    else:
+        weights = copies * w.taps * pairs[0] * pairs[1]
+        if min(stencil.unroll):  # rows that several outputs meet are read once
+            weights = copies * w.taps * d.taps * h.taps
+        if shape.packed:
+            one += weights
+            passes += weights * vector
+        else:  # gathered one by one, and exchanged between lanes where a lane has several
+            exchanged = 4 if vector > 1 else 1
+            one += weights * vector * (2 + convert) * exchanged
+            passes += weights * vector * min(16, shape.block_c) * min(exchanged, 2)
 
     tiles = shape.batch * d.tiles * h.tiles * w.tiles
     blocks = -(-tiles // shape.block_p)
@@ -110,19 +127,18 @@ def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
         turns = per_split
         accumulators = d.taps * h.taps * w.taps * vector
         held = outputs * vector
-        end = d.taps * h.taps * w.taps * (20 + 6 * vector)
+        end = d.taps * h.taps * w.taps * (20 + 8 * vector)
     else:
         programs, turns, chunks, splits = blocks * blocks_c, 1, 1, 1
         accumulators = outputs * vector
-        rows_at_once = max((len(p) for p in h.reads().values()), default=1)
-        held = w.taps * vector * rows_at_once
+        held = w.taps * vector * counts[1][2]
         end = 0
-    registers = accumulators + held + 40 + min(reads[2], 16) * max(1, vector * size // 4)
+    registers = accumulators + held + 40 + min(counts[2][0], 16) * max(1, vector * size // 4)
     warps = programs * shape.warps
     issued = warps * (turns * one + end)
     resident = max(1, min(64, _REGISTERS // (32 * min(255, registers))) // shape.warps)
     waves = -(-programs // (resident * device.sm_count)) / (programs / (resident * device.sm_count))
-    busy = min(1.0, min(resident, -(-programs // device.sm_count)) * shape.warps / 12)
+    busy = min(1.0, min(resident, -(-programs // device.sm_count)) * shape.warps / 8)
     issue = issued / (4 * device.sm_count * _CLOCK) * min(waves, 2.0) / max(busy, 0.1)
     cache = warps * turns * passes / (device.sm_count * _CLOCK) * min(waves, 2.0)
 
@@ -130,6 +146,7 @@ def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
     across = min(shape.block_p, w.tiles)
     down = max(1, min(shape.block_p // w.tiles, h.tiles))
     halo = _halo(d, 1) * _halo(h, down) * _halo(w, across)
+    halo *= max(1.0, 32 / (shape.block_c * size)) if shape.block_c > 1 else 1.0
     maps = tiles * blocks_c * min(shape.block_c, shape.channels) * size * chunks
     read = int(maps * d.step * h.step * w.step * max(halo, 1.0)) * copies
     written = maps * outputs
@@ -149,13 +166,13 @@ def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
         int(issued),
         loaded,
         stored,
-        turns * reads[0] * reads[1],
+        turns * counts[0][0] * counts[1][0],
         seconds,
     )
 
 
 def footprint(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Footprint:
-    """Of the direct kernel. Whatever is issued takes the place of a multiply-add and counts as one."""
+    """Of the direct kernel; whatever is issued takes the place of a multiply-add, counts as one."""
     found = cost(stencil, shape, device)
     lanes = 64 if device.arch.startswith("gfx") else 32
     return Footprint(

@@ -52,7 +52,7 @@ class Stencil:
         even: channels fill their blocks.
         full: tiles fill their blocks.
         wide: offsets in 64 bits.
-        unroll: no loops over the filter's planes and rows.
+        unroll: no loops over the filter's planes, over its rows.
         coordinates: spatial coordinates that the epilogue's function takes; 0 without one.
         save_acc: the accumulator is stored too.
         known: strides that are written into the source, so that they become immediate offsets.
@@ -67,7 +67,7 @@ class Stencil:
     even: bool
     full: bool
     wide: bool
-    unroll: bool = True
+    unroll: tuple[bool, bool] = (True, True)
     coordinates: int = 0
     save_acc: bool = False
     known: tuple[tuple[str, int], ...] = ()
@@ -79,6 +79,7 @@ class Stencil:
         return ("d", self.depth, 0), ("h", self.height, 1), ("w", self.width, 2)
 
 
+_TAPS_AT_ONCE = 8
 _NAMES = {"d": "plane", "h": "row", "w": "column"}
 
 
@@ -170,8 +171,8 @@ class _Reads:
     def __init__(self, write: _Writer, stencil: Stencil) -> None:
         self.write = write
         self.stencil = stencil
-        self.planes = schedule(stencil.depth, stencil.unroll)
-        self.rows = schedule(stencil.height, stencil.unroll)
+        self.planes = schedule(stencil.depth, stencil.unroll[0])
+        self.rows = schedule(stencil.height, stencil.unroll[1])
         self.columns = stencil.width.reads()
         self.row_mask: list[str] = []
 
@@ -287,18 +288,18 @@ def _products(write: _Writer, stencil: Stencil, x_channel: str, w_channel: str) 
     taps = sorted({tap for pairs in reads.columns.values() for _, tap in pairs})
     held: set[str] = set()
     for plane, row in reads:
-        looped = plane.count > 1 or row.count > 1
+        if plane.count > 1 and row is reads.rows[0]:
+            held.clear()  # names of the planes of a loop mean another plane in every turn
         for _, tap_d in plane.pairs:
             for _, tap_h in row.pairs:
                 line = f"w_c + {_tap(plane, tap_d, 'u')} * w_sd + {_tap(row, tap_h, 'v')} * w_sh"
                 for tap in taps:
                     name = f"w_{tap_d}_{tap_h}_{tap}"
-                    if looped or name not in held:
+                    if row.count > 1 or name not in held:
                         write(_load(name, f"{line} + {tap} * w_sw", masks))
-                    if looped:
-                        held.discard(name)
-                    else:
-                        held.add(name)
+                    held.add(name)
+        if row.count > 1 or (plane.count > 1 and row is reads.rows[-1]):
+            held.clear()
         for offset, pairs in reads.columns.items():
             reads.load(offset)
             for out_d, tap_d in plane.pairs:
@@ -334,7 +335,7 @@ def wgrad_source(stencil: Stencil) -> str:
 
     partial[split, tap, o]: every lane sums over its own tiles, then lanes are added once.
     """
-    planes, rows = stencil.filter
+    _, rows = stencil.filter
     d, h, w = stencil.depth, stencil.height, stencil.width
     write = _Writer()
     write("tile_c = tl.program_id(0)")
@@ -371,15 +372,7 @@ def wgrad_source(stencil: Stencil) -> str:
                         for out_w, tap_w in pairs:
                             acc = f"acc_{tap_d}_{tap_h}_{tap_w}"
                             write(f"{acc} += x * grad_{out_d}_{out_h}_{out_w}")
-    write(f"partial = split.to(tl.int64) * ({planes * rows * w.taps} * channels) + o")
-    for k, r, s in taps:
-        parts = [] if stencil.even else ["mask_c"]
-        parts += [f"(first_d + {k} < {planes})"] * (planes % d.taps > 0)
-        parts += [f"(first_h + {r} < {rows})"] * (rows % h.taps > 0)
-        mask = f", mask={_mask(parts)}" if parts else ""
-        line = f"((first_d + {k}) * {rows} + first_h + {r}) * {w.taps} + {s}"
-        write(f"total = tl.sum(acc_{k}_{r}_{s}, 0)[None, :]")
-        write(f"tl.store(partial_ptr + (partial + ({line}) * channels), total{mask})")
+    _add_lanes(write, stencil, taps)
     head = (
         "@triton.jit\ndef depthwise_kernel(\n    grad_ptr, x_ptr, partial_ptr, batch, x_size,"
         " y_size, x_strides, y_strides,\n    channels, per_split,\n"
@@ -387,6 +380,40 @@ def wgrad_source(stencil: Stencil) -> str:
     )
     title = "partial sums of the gradient of the weight"
     return _HEADER.format(title=f"depthwise convolution, {title}") + head + write.text
+
+
+def _add_lanes(write: _Writer, stencil: Stencil, taps: Sequence[tuple[int, int, int]]) -> None:
+    """Add the sums of a program's lanes and store them, several taps at a time.
+
+    A reduction of its own for every tap would wait for all warps several times.
+    """
+    planes, rows = stencil.filter
+    d, h, w = stencil.depth, stencil.height, stencil.width
+    group = min(_TAPS_AT_ONCE, 1 << (len(taps) - 1).bit_length())
+    bits = group.bit_length() - 1
+    order = [int(f"{k:0{bits}b}"[::-1], 2) if bits else 0 for k in range(group)]
+    write(f"slot = tl.arange(0, {group})[None, :]")
+    write(f"base = split.to(tl.int64) * ({planes * rows * w.taps} * channels)")
+    write("base = base + tl.reshape(o, (BLOCK_C, 1))")
+    if not stencil.even:
+        write("mask_c = tl.reshape(mask_c, (BLOCK_C, 1))")
+    for first in range(0, len(taps), group):
+        names = [
+            "acc_{}_{}_{}".format(*taps[min(first + k, len(taps) - 1)]) for k in order
+        ]  # joins append axes: the first one varies slowest
+        while len(names) > 1:
+            names = [f"tl.join({a}, {b})" for a, b in zip(names[::2], names[1::2], strict=True)]
+        write(f"total = tl.reshape(tl.sum({names[0]}, 0), (BLOCK_C, {group}))")
+        write(f"tap = slot + {first}")
+        write(f"tap_d = first_d + tap // {h.taps * w.taps}")
+        write(f"tap_h = first_h + tap // {w.taps} % {h.taps}")
+        parts = [] if stencil.even else ["mask_c"]
+        parts += [f"(tap < {len(taps)})"] * (first + group > len(taps))
+        parts += [f"(tap_d < {planes})"] * (planes % d.taps > 0)
+        parts += [f"(tap_h < {rows})"] * (rows % h.taps > 0)
+        mask = f", mask={_mask(parts)}" if parts else ""
+        write(f"tap = (tap_d * {rows} + tap_h) * {w.taps} + tap % {w.taps}")
+        write(f"tl.store(partial_ptr + (base + tap * channels), total{mask})")
 
 
 @functools.lru_cache(maxsize=1024)
