@@ -17,7 +17,7 @@ import torch
 import triton
 
 from ...runtime.device import DeviceFacts
-from ...runtime.operators import Algorithm, Config, source_hash_of
+from ...runtime.operators import Algorithm, Config
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from ...runtime.space import Choice, ConfigSpace, Constraint, Derived, Footprint, PowerOfTwo
 from ..problem import ConvProblem, Direction
@@ -146,11 +146,14 @@ class SingleChannel(Algorithm):
 
     name: ClassVar[str] = "single_channel"
     config_type = SingleConfig
-
-    def source_hash(self) -> str:
-        """Of this file and of the kernels."""
-        modules = (single_forward, single_gradients, single_runs, single_run_gradients)
-        return source_hash_of((__file__, *(str(module.__file__) for module in modules)))
+    sources = (
+        "common",
+        "single_forward",
+        "single_gradients",
+        "single_run_gradients",
+        "single_runs",
+        "tiles",
+    )
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Ungrouped and few input channels; windows that a program can hold."""
@@ -222,7 +225,6 @@ def _forward_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
         **_checks(problem, config.block_h, config.block_w),
         "EPILOGUE": epilogue.function,
         "SAVE_ACC": epilogue.save_acc,
-        "RANK": len(problem.kernel),
         "WIDE": problem.wide,
         "BLOCK_H": config.block_h,
         "BLOCK_W": config.block_w,

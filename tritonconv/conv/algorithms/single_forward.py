@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import matmul_step, widen_all
+from .common import matmul_step, store_result, widen_all
 
 
 @triton.jit
@@ -22,43 +22,6 @@ def tile_origin(tile, size, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     plane = (tile // (tiles_w * tiles_h)) % size[0]
     image = tile // (tiles_w * tiles_h * size[0])
     return image, plane, row, column
-
-
-@triton.jit
-def store_tile(
-    acc,
-    y_ptr,
-    acc_ptr,
-    offsets,
-    image,
-    filter_index,
-    plane,
-    rows,
-    columns,
-    mask,
-    extra_ptrs,
-    extra_strides,
-    EPILOGUE: tl.constexpr,
-    SAVE_ACC: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    """Apply the epilogue, which takes as many coordinates as the problem has axes, and store."""
-    if EPILOGUE is None:
-        result = acc
-    else:
-        if SAVE_ACC:
-            tl.store(acc_ptr + offsets, acc.to(acc_ptr.dtype.element_ty), mask=mask)
-        if RANK == 1:
-            result = EPILOGUE(acc, image, filter_index, columns, mask, extra_ptrs, extra_strides)
-        elif RANK == 2:
-            result = EPILOGUE(
-                acc, image, filter_index, rows, columns, mask, extra_ptrs, extra_strides
-            )
-        else:
-            result = EPILOGUE(
-                acc, image, filter_index, plane, rows, columns, mask, extra_ptrs, extra_strides
-            )
-    tl.store(y_ptr + offsets, result.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -95,7 +58,6 @@ def single_forward_fma_kernel(
     OVERHANG: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
-    RANK: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -158,7 +120,7 @@ def single_forward_fma_kernel(
             mask = mask & (columns < out_size[2])[:, None]
         if FILTERS % BLOCK_M != 0:
             mask = mask & mask_m[None, :]
-        store_tile(
+        store_result(
             accs[i],
             y_ptr,
             acc_ptr,
@@ -173,7 +135,6 @@ def single_forward_fma_kernel(
             extra_strides,
             EPILOGUE,
             SAVE_ACC,
-            RANK,
         )
 
 
@@ -213,7 +174,6 @@ def single_forward_mma_kernel(
     SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-    RANK: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -297,7 +257,7 @@ def single_forward_mma_kernel(
     if FILTERS % BLOCK_M != 0:
         mask = mask & mask_m[None, :]
     y_rows = rows * y_strides[3] + columns * y_strides[4]
-    store_tile(
+    store_result(
         acc,
         y_ptr,
         acc_ptr,
@@ -312,5 +272,4 @@ def single_forward_mma_kernel(
         extra_strides,
         EPILOGUE,
         SAVE_ACC,
-        RANK,
     )

@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import matmul_step, widen_all
-from .single_forward import store_tile, tile_origin
+from .common import matmul_step, store_result, widen_all
+from .single_forward import tile_origin
 
 
 @triton.jit
@@ -130,7 +130,6 @@ def single_forward_run_kernel(
     SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-    RANK: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -194,7 +193,7 @@ def single_forward_run_kernel(
     y_tile = image * y_strides[0] + plane * y_strides[2]
     y_rows = (row + unit_row) * y_strides[3] + (column + unit_column) * y_strides[4]
     y_columns = j * y_strides[4] + m * y_strides[1]
-    store_tile(
+    store_result(
         acc,
         y_ptr,
         acc_ptr,
@@ -209,5 +208,4 @@ def single_forward_run_kernel(
         extra_strides,
         EPILOGUE,
         SAVE_ACC,
-        RANK,
     )

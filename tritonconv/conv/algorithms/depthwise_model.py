@@ -1,0 +1,190 @@
+"""What a depthwise config costs, counted from its schedule: it orders configs and fills footprints.
+
+Depthwise kernels are bound by the instructions they issue as often as by memory: a thread's tile is
+taken apart into multiply-adds, loads, conversions and addresses. The constants are an H100's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from ...runtime.device import DeviceFacts
+from ...runtime.space import Footprint
+from .depthwise_source import Stencil
+from .depthwise_taps import Axis
+
+_CLOCK = 1.7e9
+_MEMORY_RATE = 3.0e12
+_CACHE_RATE = 5.0e12
+_LAUNCH = 2.0e-6
+_REGISTERS = 65536
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the counts depend on beside the stencil.
+
+    Attributes:
+        batch, channels: maps, and channels of the result (of the gradient for a weight's).
+        block_p, block_c, vector, warps: tiles and channels of a program, channels of a thread.
+        itemsize: bytes of an element.
+        packed: weights are read in rows.
+        split: programs that share the tiles of a weight gradient.
+    """
+
+    batch: int
+    channels: int
+    block_p: int
+    block_c: int
+    vector: int
+    warps: int
+    itemsize: int
+    packed: bool
+    split: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counts of a whole launch, and what they take.
+
+    Attributes:
+        programs: of the grid.
+        registers: of a thread, estimated.
+        accumulators: of a thread.
+        issued: instructions of all warps.
+        loaded: bytes that come from beyond the L1 cache.
+        stored: bytes written, partial sums twice.
+        steps: rows that a program reads, one after the other.
+        seconds: predicted.
+    """
+
+    programs: int
+    registers: int
+    accumulators: int
+    issued: int
+    loaded: int
+    stored: int
+    steps: int
+    seconds: float
+
+
+@functools.lru_cache(maxsize=4096)
+def _counts(axis: Axis) -> tuple[int, int, int, int]:
+    """Positions read, (output, tap) pairs, most pairs of a position, extent of what is read."""
+    found = axis.reads()
+    pairs = [len(served) for served in found.values()]
+    reach = max(found, default=0) - min(found, default=0) + 1
+    return len(pairs), sum(pairs), max(pairs, default=1), reach
+
+
+def _halo(axis: Axis, tiles: int) -> float:
+    """Positions that neighbouring tiles read, over those that they own."""
+    return ((tiles - 1) * axis.step + _counts(axis)[3]) / (tiles * axis.step)
+
+
+def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
+    """Counts and prediction of a config."""
+    d, h, w = stencil.depth, stencil.height, stencil.width
+    wgrad = stencil.filter != (0, 0)
+    copies = stencil.multiplier if w.gradient else 1
+    counts = [_counts(axis) for axis in (d, h, w)]
+    pairs = [found[1] for found in counts]
+    vector, size = shape.vector, shape.itemsize
+    outputs = d.tile * h.tile * w.tile
+    convert = 0 if size == 4 else vector
+    # Instructions of a thread for one tile. A load may need a predicate and zeros.
+    products = pairs[0] * pairs[1] * pairs[2] * vector * copies
+    loads = counts[0][0] * counts[1][0] * counts[2][0] * copies
+    one = products + loads * (2.5 + convert) + outputs * (vector + 5) + 120
+    # Passes through the L1 cache of a warp: of 128 bytes, or of two lines of the cache.
+    lines = 16 * vector / shape.block_c if shape.block_c > 1 else w.step * size / 4
+    passes = (loads + outputs) * max(1.0, vector * size / 4, lines)
+    if wgrad:
+        one += outputs * convert
+    else:
+        weights = copies * w.taps * pairs[0] * pairs[1]
+        if min(stencil.unroll):  # rows that several outputs meet are read once
+            weights = copies * w.taps * d.taps * h.taps
+        if shape.packed:
+            one += weights
+            passes += weights * vector
+        else:  # gathered one by one, and exchanged between lanes where a lane has several
+            exchanged = 4 if vector > 1 else 1
+            one += weights * vector * (2 + convert) * exchanged
+            passes += weights * vector * min(16, shape.block_c) * min(exchanged, 2)
+
+    tiles = shape.batch * d.tiles * h.tiles * w.tiles
+    blocks = -(-tiles // shape.block_p)
+    blocks_c = -(-shape.channels // shape.block_c)
+    if wgrad:
+        planes, rows = stencil.filter
+        chunks = -(-planes // d.taps) * -(-rows // h.taps)
+        per_split = -(-blocks // max(1, min(shape.split, blocks)))
+        splits = -(-blocks // per_split)
+        programs = blocks_c * chunks * splits
+        turns = per_split
+        accumulators = d.taps * h.taps * w.taps * vector
+        held = outputs * vector
+        end = d.taps * h.taps * w.taps * (20 + 8 * vector)
+    else:
+        programs, turns, chunks, splits = blocks * blocks_c, 1, 1, 1
+        accumulators = outputs * vector
+        held = w.taps * vector * counts[1][2]
+        end = 0
+    registers = accumulators + held + 40 + min(counts[2][0], 16) * max(1, vector * size // 4)
+    warps = programs * shape.warps
+    issued = warps * (turns * one + end)
+    resident = max(1, min(64, _REGISTERS // (32 * min(255, registers))) // shape.warps)
+    waves = -(-programs // (resident * device.sm_count)) / (programs / (resident * device.sm_count))
+    busy = min(1.0, min(resident, -(-programs // device.sm_count)) * shape.warps / 8)
+    issue = issued / (4 * device.sm_count * _CLOCK) * min(waves, 2.0) / max(busy, 0.1)
+    cache = warps * turns * passes / (device.sm_count * _CLOCK) * min(waves, 2.0)
+
+    # Of neighbouring tiles, those of one program meet in its L1 cache.
+    across = min(shape.block_p, w.tiles)
+    down = max(1, min(shape.block_p // w.tiles, h.tiles))
+    halo = _halo(d, 1) * _halo(h, down) * _halo(w, across)
+    halo *= max(1.0, 32 / (shape.block_c * size)) if shape.block_c > 1 else 1.0
+    maps = tiles * blocks_c * min(shape.block_c, shape.channels) * size * chunks
+    read = int(maps * d.step * h.step * w.step * max(halo, 1.0)) * copies
+    written = maps * outputs
+    loaded = read + (written if wgrad else 0)
+    stored = written
+    if wgrad:
+        stored = 8 * splits * shape.channels * math.prod(stencil.filter) * w.taps
+    memory = (loaded / max(halo, 1.0) / chunks + stored) / _MEMORY_RATE
+    seconds = max(issue, cache, memory, (loaded + stored) / _CACHE_RATE)
+    seconds += 0.25 * min(issue, memory) + _LAUNCH * (shape.packed or wgrad)
+    if registers > 255:
+        seconds *= 1 + (registers - 255) / 32
+    return Cost(
+        programs,
+        registers,
+        accumulators,
+        int(issued),
+        loaded,
+        stored,
+        turns * counts[0][0] * counts[1][0],
+        seconds,
+    )
+
+
+def footprint(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Footprint:
+    """Of the direct kernel; whatever is issued takes the place of a multiply-add, counts as one."""
+    found = cost(stencil, shape, device)
+    lanes = 64 if device.arch.startswith("gfx") else 32
+    return Footprint(
+        programs=found.programs,
+        threads=shape.warps * lanes,
+        shared_bytes=0,
+        accumulators=found.accumulators,
+        bytes_loaded=found.loaded,
+        bytes_stored=found.stored,
+        flops=2 * 32 * found.issued,
+        steps=max(1, found.steps),
+        in_flight=4,
+        launches=1 + (shape.packed or stencil.filter != (0, 0)),
+        matrix=False,
+    )
