@@ -76,6 +76,8 @@ class Depthwise(Algorithm):
         """groups == in_channels > 1."""
         if not problem.depthwise:
             return "not one input channel per group"
+        if problem.direction is Direction.DGRAD and problem.epilogue is not None:
+            return "the gradient of the input takes no epilogue here"
         return unsupported_dtype(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseConfig]:

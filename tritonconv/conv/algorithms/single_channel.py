@@ -159,6 +159,8 @@ class SingleChannel(Algorithm):
         """Ungrouped and few input channels; windows that a program can hold."""
         if problem.groups != 1:
             return "groups != 1"
+        if problem.direction is Direction.DGRAD and problem.epilogue is not None:
+            return "the gradient of the input takes no epilogue here"
         if problem.in_channels > MAX_CHANNELS:
             return f"more than {MAX_CHANNELS} input channels"
         if problem.taps * problem.in_channels > _MOST_UNROLLED:
