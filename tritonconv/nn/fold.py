@@ -123,9 +123,13 @@ globals().update({kind.__name__: kind for kind in FOLDED.values()})  # pickle fi
 _NORM_ACT = "BatchNormAct2d"
 
 
-@functools.cache
+_NORM_ACTS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _folded_norm(kind: type[nn.Module]) -> type[nn.Module]:
-    return _folded_kind(kind)
+    if kind not in _NORM_ACTS:
+        _NORM_ACTS[kind] = _folded_kind(kind)
+    return _NORM_ACTS[kind]
 
 
 def __getattr__(name: str) -> Any:
