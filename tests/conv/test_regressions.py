@@ -26,7 +26,7 @@ from tritonconv.runtime.accuracy import check
 from tritonconv.runtime.device import device_facts
 from tritonconv.runtime.tables import Choice, Tier
 
-from .cases import KINDS, PROBLEMS
+from .cases import KINDS, PROBLEMS, rank_of
 from .oracle import assert_accurate, plain_conv
 from .test_algorithms import ids, served
 
@@ -293,7 +293,7 @@ def far(values: Tensor, axis: int) -> Tensor:
 def test_far_operands_of_every_algorithm(
     case: str, direction: Direction, algorithm: str, device: torch.device
 ) -> None:
-    operator = OPERATORS[direction, 2]
+    operator = OPERATORS[direction, rank_of(PROBLEMS[case])]
     problem = operator.parse({**PROBLEMS[case], "dtype": "float16"})
     assert isinstance(problem, ConvProblem) and not problem.wide
     plain = operator.make_tensors(problem, device, torch.Generator(device).manual_seed(0))

@@ -100,6 +100,8 @@ def problems() -> dict[str, ConvProblem]:
             "grouped": {"M": 64, "G": 4},
         }.items():
             found[f"{direction} {layer}"] = operator.parse({**base, **more})
+        deep = {**base, "D": 5, "H": 7}
+        found[f"{direction} 3-D"] = OPERATORS[direction, 3].parse(deep)
     forward = OPERATORS[Direction.FORWARD, 2]
     for fused in ("fused", "fused+acc"):
         found[f"forward {fused}"] = forward.parse({**base, "epilogue": fused})
@@ -138,7 +140,7 @@ def main() -> None:
     device = nominal_device("sm_90")
     rows, differing = 0, []
     for name, problem in problems().items():
-        operator = OPERATORS[problem.direction, 2]
+        operator = OPERATORS[problem.direction, len(problem.in_size)]
         for algorithm in operator.candidates(problem):
             for config in list(algorithm.configs(problem, device))[:2]:
                 plan = algorithm.plan(problem, config)

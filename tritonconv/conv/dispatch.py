@@ -20,6 +20,7 @@ from .algorithms import (
     product_dgrad,
     product_forward,
     product_wgrad,
+    split,
     tiles,
     windows,
 )
@@ -46,7 +47,8 @@ class ConvOperator(Operator):
 
     def source_hash(self) -> str:
         """Hash over the algorithms and the kernels that they share."""
-        shared = (common, product_forward, product_dgrad, product_wgrad, tiles, windows)
+        products = (product_forward, product_dgrad, product_wgrad, split)
+        shared = (common, *products, tiles, windows)
         files = [module.__file__ for module in shared]
         return super().source_hash()[:8] + source_hash_of(str(file) for file in files)[:8]
 
