@@ -124,5 +124,7 @@ def test_bad_arguments():
         f.vjp(("c",))
     with pytest.raises(ValueError, match="with_roles"):
         f.with_roles(y=Role.VALUE)
+    with pytest.raises(ValueError, match="with_frame"):
+        f.with_frame(("n", "h"))
     with pytest.raises(ValueError, match=r"2 \(x, c\)"):
         f(torch.zeros(1))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tritonconv.codegen import Argument, Role, ScalarFunction, trace
 
-from .run_scalar import run
+from .run_scalar import kernel, run
 
 pytestmark = pytest.mark.interpreter
 
@@ -277,3 +277,18 @@ def test_call_is_differentiable_by_pytorch():
     got = torch.autograd.grad(value, [x, y, program.slope], g)
     for a, b in zip((value, *got), (*expected[:3], expected[6]), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_frame_adds_coordinates_to_the_call(device: torch.device) -> None:
+    names = [Argument(name, torch.int32, Role.COORD) for name in ("n", "w")]
+    function = trace(
+        lambda x, n, w: x * n + 10 * w, (Argument("x", torch.float32, Role.VALUE), *names)
+    )
+    assert function.with_frame(("n", "w")) is function
+    framed = function.with_frame(("n", "d", "w"))
+    x = torch.randn(8, device=device)
+    n, d, w = (torch.arange(8, device=device, dtype=torch.int32) * k for k in (1, 100, 3))
+    out = torch.empty_like(x)
+    kernel(1, 3, 1)[(1,)](x, n, d, w, out, (), (), 8, FN=framed.jit, BLOCK=8)
+    torch.testing.assert_close(out, x * n + 10 * w)
+    assert framed.vjp(("x",)).program.frame == ("n", "d", "w")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tritonconv.conv.algorithms.common import TileConfig
 from tritonconv.conv.dispatch import OPERATORS, make_runner
 from tritonconv.conv.epilogue import build_epilogue
 from tritonconv.conv.problem import FUSED, ConvProblem, Direction, EpilogueSpec, dense_strides
@@ -220,6 +221,21 @@ def test_coordinates_and_operands_of_the_result(
     strides = dense_strides(problem.result_shape, False)
     spec = EpilogueSpec(epilogue.key, (torch.float32,), (strides,))
     run_problem(dataclasses.replace(problem, epilogue=spec), algorithm, device)
+
+
+@pytest.mark.parametrize("split", [2, 5, 999])
+@pytest.mark.parametrize("case", ["3x3", "groups, stride 2", "an axis each"])
+@pytest.mark.parametrize("direction", FUSED, ids=ids)
+def test_split_sums_of_products_over_pixels(
+    direction: Direction, case: str, split: int, device: torch.device
+) -> None:
+    """Parts are added in a fixed order by a second kernel, which applies the epilogue."""
+    fields = {**PROBLEMS[case], "epilogue": f"{FUSED[direction]}+acc"}
+    problem = OPERATORS[direction, rank_of(fields)].parse(fields)
+    name = "dense" if problem.groups == 1 else "grouped"
+    config = TileConfig(16, 16, 16, 4, 2, split_k=split)
+    first, second = (run_problem(problem, name, device, config) for _ in range(2))
+    assert all(torch.equal(first[output], second[output]) for output in first)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import tritonconv as tc
-from tritonconv.conv import api, ops
+from tritonconv.conv import calls, ops
 from tritonconv.conv.dispatch import OPERATORS, make_runner
 from tritonconv.conv.problem import ConvProblem, Direction
 from tritonconv.runtime.accuracy import check
@@ -233,8 +233,8 @@ def test_a_bias_that_is_no_plain_tensor_is_prepared_for_nothing(
     def validated(*args: object) -> None:
         raise Validated
 
-    monkeypatch.setattr(api.PreparedCall, "__call__", prepared)
-    monkeypatch.setattr(api, "_fused", validated)
+    monkeypatch.setattr(calls.PreparedCall, "__call__", prepared)
+    monkeypatch.setattr(calls, "_fused", validated)
     with pytest.raises(Prepared):
         tc.conv2d(x, w, b)
     with pytest.raises(Validated):
@@ -510,7 +510,7 @@ def in_a_fresh_process(source: str) -> list[str]:
 PRECISION = """
 import torch
 import tritonconv as tc
-from tritonconv.conv.api import default_precision
+from tritonconv.conv.arguments import default_precision
 
 x, w = torch.randn(1, 9, 6, 6), torch.randn(4, 9, 3, 3)
 for value in {values}:

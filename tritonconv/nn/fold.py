@@ -7,6 +7,7 @@ and become identities, so that parameters and the state_dict stay what they were
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,24 @@ FOLDED: dict[type[nn.Module], type[nn.Module]] = {
 """The class of a module that was folded, or that others were folded into, by its class before."""
 globals().update({kind.__name__: kind for kind in FOLDED.values()})  # pickle finds them by name
 
+_NORM_ACT = "BatchNormAct2d"
+
+
+_NORM_ACTS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _folded_norm(kind: type[nn.Module]) -> type[nn.Module]:
+    if kind not in _NORM_ACTS:
+        _NORM_ACTS[kind] = _folded_kind(kind)
+    return _NORM_ACTS[kind]
+
+
+def __getattr__(name: str) -> Any:
+    """The folded class of timm's batch norm, which pickle asks for by name."""
+    if name != f"Folded{_NORM_ACT}":
+        raise AttributeError(name)
+    return _folded_norm(getattr(importlib.import_module("timm.layers"), _NORM_ACT))
+
 
 class Fold:
     """The epilogue of a folded convolution: ``activation(y · scale + shift)``."""
@@ -134,7 +153,7 @@ class Fold:
 
     def epilogue(self) -> Callable[..., Tensor]:
         """The scalar function; call before the modules become identities."""
-        last = self.modules[-1]
+        last = _inner_activation(self.norm) or self.modules[-1]
         activate = ACTIVATIONS[type(last)](last) if type(last) in ACTIVATIONS else None
         if self.norm is None:
             assert activate is not None
@@ -199,7 +218,8 @@ class Chain:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _ConvNd) or super().is_leaf_module(m, module_qualified_name)
+        leaf = isinstance(m, (_ConvNd, _BatchNorm))
+        return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traces(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph | Exception]]:
@@ -259,14 +279,11 @@ def _chain(root: nn.Module, node: fx.Node, conv: Fused, calls: Counter[nn.Module
         return Chain((), "has hooks")
     norm = _NORMS[len(conv.kernel_size)]
     for kinds in ((norm,), tuple(ACTIVATIONS)):
-        reader = next(iter(node.users), None)
-        if len(node.users) != 1 or reader is None:
-            return Chain(tuple(found), f"its result is read {len(node.users)} times")
-        module = _called(root, reader)
-        if module is None or reader.args != (node,) or reader.kwargs:
-            end = "is returned" if reader.op == "output" else f"is read by {_title(reader)}"
-            return Chain(tuple(found), f"its result {end}")
-        if type(module) not in kinds:
+        reader, module, end = _only_reader(root, node)
+        if module is None:
+            return Chain(tuple(found), end)
+        known = type(module) in kinds or (norm in kinds and _with_activation(module, norm))
+        if not known:
             if norm in kinds and type(module) in ACTIVATIONS:
                 continue
             return Chain(tuple(found), f"followed by {type(module).__name__} {reader.target}")
@@ -275,7 +292,42 @@ def _chain(root: nn.Module, node: fx.Node, conv: Fused, calls: Counter[nn.Module
             return Chain(tuple(found), f"{reader.target} {reason}")
         found.append(module)
         node = reader
+        if _inner_activation(module) is not None:
+            break
     return Chain(tuple(found), "")
+
+
+def _only_reader(root: nn.Module, node: fx.Node) -> tuple[fx.Node, nn.Module | None, str]:
+    """The one module that reads a result and its node; or None, and who reads it instead.
+
+    A plain ``nn.Identity``, as models have them in place of regularisation, hands its input on.
+    """
+    while True:
+        if len(node.users) != 1:
+            return node, None, f"its result is read {len(node.users)} times"
+        reader = next(iter(node.users))
+        module = _called(root, reader)
+        if module is None or reader.args != (node,) or reader.kwargs:
+            end = "is returned" if reader.op == "output" else f"is read by {_title(reader)}"
+            return reader, None, f"its result {end}"
+        if type(module) is not nn.Identity or _hooked(module) or "forward" in module.__dict__:
+            return reader, module, ""
+        node = reader
+
+
+def _with_activation(module: nn.Module, norm: type[_BatchNorm]) -> bool:
+    """Whether this is timm's batch norm that drops and activates behind itself."""
+    kind = type(module)
+    named = kind.__name__ == _NORM_ACT and kind.__module__.startswith("timm.")
+    return named and norm is nn.BatchNorm2d and isinstance(module, nn.BatchNorm2d)
+
+
+def _inner_activation(module: nn.Module | None) -> nn.Module | None:
+    """The activation inside a batch norm of timm's; None where it has none."""
+    if isinstance(module, _BatchNorm) and type(module) not in FOLDED:
+        act = getattr(module, "act", None)
+        return None if type(act) is nn.Identity else act
+    return None
 
 
 def _title(node: fx.Node) -> str:
@@ -307,6 +359,11 @@ def _why_not_folded(module: nn.Module, conv: Fused, calls: Counter[nn.Module | N
             return f"normalises {module.num_features} of {conv.out_channels} channels"
         if parametrize.is_parametrized(module):
             return "is parametrized"
+        drop, act = getattr(module, "drop", None), _inner_activation(module)
+        if type(drop) not in (type(None), nn.Identity):
+            return f"has {type(drop).__name__} in it"
+        if act is not None and (type(act) not in ACTIVATIONS or _hooked(act)):
+            return f"has {type(act).__name__} in it, hooked or not known"
     return ""
 
 
@@ -319,8 +376,9 @@ def fold_into(conv: Fused, modules: tuple[nn.Module, ...]) -> None:
     conv.__dict__.setdefault(CLASS, type(conv))
     conv.__class__ = FOLDED[type(conv)]  # type: ignore[assignment]
     for module in modules:
-        module.__dict__[CLASS] = type(module)
-        module.__class__ = FOLDED[type(module)]
+        kind = type(module)
+        module.__dict__[CLASS] = kind
+        module.__class__ = FOLDED[kind] if kind in FOLDED else _folded_norm(kind)
 
 
 __all__ = ["ACTIVATIONS", "CLASS", "FOLDED", "Chain", "Fold", "chains", "fold_into"]

@@ -73,11 +73,14 @@ class EpilogueArguments:
     save_acc: bool
 
 
+NO_EPILOGUE = EpilogueArguments(None, (), (), False)
+
+
 def epilogue_arguments(problem: ConvProblem) -> EpilogueArguments:
     """Arguments for the problem's epilogue; empty tuples when it has none."""
     spec = problem.epilogue
     if spec is None:
-        return EpilogueArguments(None, (), (), False)
+        return NO_EPILOGUE
     pointers = tuple(Slot(f"element{i}") for i in range(len(spec.element_dtypes)))
     pointers += tuple(Slot(f"capture{i}") for i in range(len(spec.capture_dtypes)))
     strides = tuple(s for group in spec.element_strides + spec.capture_strides for s in group)

@@ -29,11 +29,11 @@ class Dense(Algorithm):
         return unsupported_dtype(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
-        """Tiles, warps and stages; splits for the gradient of the weight."""
-        return tile_space(problem, device)
+        """Tiles, warps and stages; splits of the sum."""
+        return tile_space(problem, device, split_sum=True)
 
     def plan(self, problem: ConvProblem, config: TileConfig) -> LaunchPlan:
-        """One launch, or two when the gradient of the weight is split."""
+        """One launch, or two when the sum is split."""
         return plan_of(problem, config)
 
     def footprint(self, problem: ConvProblem, config: TileConfig, device: DeviceFacts) -> Footprint:

@@ -18,7 +18,7 @@ from ...runtime.device import DeviceFacts
 from ...runtime.space import Footprint
 from ..problem import ConvProblem, Direction
 from .common import TileConfig
-from .tiles import flat_rows, product_shape
+from .tiles import flat_rows, product_shape, reduction_steps
 
 
 def cdiv(value: int, divisor: int) -> int:
@@ -39,7 +39,7 @@ class _Product:
         a_streams, b_streams: whether the operand's loads can be asynchronous.
         unrolled: the trip count is a constant, so that a single trip is no loop.
         row_result: the result is contiguous along columns.
-        split: the reduction is split over blocks.
+        split: the reduction is over pixels, and is split over blocks of them.
         matrix: products run on matrix instructions, unlike IEEE single precision.
         itemsize: bytes of an operand's element.
         out_elements: of the result.
@@ -97,10 +97,14 @@ def _footprint(product: _Product, config: TileConfig, device: DeviceFacts) -> Fo
         blocks_k = per_split
     steps = blocks_k * product.most_taps
     all_steps = tiles // product.grids * splits * blocks_k * product.taps
+    if not product.split:
+        # The sum is over blocks and taps, and so are its parts.
+        splits = max(1, min(config.split_k, steps))
+        steps = cdiv(steps, splits)
     partial = splits > 1
     amd = device.arch.startswith("gfx")
     grouped = device.arch == "sm_90" and product.matrix and m >= 64 and config.num_warps >= 4
-    looped = not (product.unrolled and steps <= 1)
+    looped = not (product.unrolled and steps * splits <= 1)
     buffers = 1
     if looped and config.num_stages > 1:
         buffers = config.num_stages if grouped else config.num_stages - 1
@@ -216,9 +220,7 @@ def _product(problem: ConvProblem) -> _Product:
         depth=filters,
         # Every tap meets one phase.
         taps=problem.taps * problem.groups,
-        most_taps=math.prod(
-            cdiv(taps, hop) for taps, hop in zip(problem.kernel, problem.stride, strict=True)
-        ),
+        most_taps=reduction_steps(problem, filters),
         a_streams=_rows_of(problem, problem.y_strides, filters),
         b_streams=_weight_rows(problem),
         unrolled=phases == 1,

@@ -36,10 +36,10 @@ class Grouped(Algorithm):
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """Tiles bounded by the size of a group."""
-        return tile_space(problem, device)
+        return tile_space(problem, device, split_sum=True)
 
     def plan(self, problem: ConvProblem, config: TileConfig) -> LaunchPlan:
-        """One launch over all groups."""
+        """One launch over all groups, or two when the sum is split."""
         return plan_of(problem, config)
 
     def footprint(self, problem: ConvProblem, config: TileConfig, device: DeviceFacts) -> Footprint:

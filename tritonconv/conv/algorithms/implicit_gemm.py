@@ -21,6 +21,7 @@ PRODUCT_SOURCES = (
     "product_dgrad",
     "product_forward",
     "product_wgrad",
+    "split",
     "tiles",
 )
 """What an algorithm that runs implicit products in any direction depends on."""

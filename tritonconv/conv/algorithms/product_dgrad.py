@@ -13,6 +13,7 @@ import triton.language as tl
 from ...runtime.plan import KernelCall, LaunchPlan, Slot
 from ..problem import ConvProblem
 from .common import (
+    NO_EPILOGUE,
     TileConfig,
     below,
     epilogue_arguments,
@@ -20,15 +21,16 @@ from .common import (
     lifted,
     matmul_step,
     pixel_offset,
+    pixels_of,
     position,
     product_constexprs,
-    slot_dtypes,
     spatial_arguments,
     store_result,
     tap_offset,
     widen,
     widen_all,
 )
+from .split import finished, split_range, splits_of, store_partial
 
 
 @triton.jit
@@ -86,6 +88,7 @@ def conv_dgrad_kernel(
     STEP_D: tl.constexpr,
     STEP_H: tl.constexpr,
     STEP_W: tl.constexpr,
+    SPLITS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -98,7 +101,8 @@ def conv_dgrad_kernel(
 ):
     """grad_x[n, c, i] = Σ_{o,r} grad_y[n, o, p] · w[o, c, r].
 
-    p = (i + pad − r·dilation) / stride, on every axis, where that is exact and in range.
+    p = (i + pad − r·dilation) / stride, on every axis, where that is exact and in range. With
+    SPLITS every part of the sum goes to ``x_ptr[split, pixel, c]`` in float32.
     """
     if WIDE:
         batch = widen(batch)
@@ -106,7 +110,8 @@ def conv_dgrad_kernel(
         w_strides = widen_all(w_strides)
         y_strides = widen_all(y_strides)
     group = tl.program_id(1)
-    phase = tl.program_id(2)
+    split = tl.program_id(2) % SPLITS
+    phase = tl.program_id(2) // SPLITS
     phase_w = phase % STRIDE_W
     phase_h = (phase // STRIDE_W) % STRIDE_H
     # The remainder tells the compiler of a stride of one.
@@ -137,7 +142,8 @@ def conv_dgrad_kernel(
 
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(FILTERS, BLOCK_K) * taps):
+    begin, end = split_range(tl.cdiv(FILTERS, BLOCK_K) * taps, split, SPLITS)
+    for step in range(begin, end):
         tap = step % taps
         line = tap // taps_w
         s = first_s + (tap % taps_w) * STEP_W
@@ -172,28 +178,34 @@ def conv_dgrad_kernel(
         acc = matmul_step(a, b, acc, PRECISION, UPCAST)
 
     in_channel = group * CHANNELS + n
-    x_rows = pixel_offset(x_strides, image, in_plane, in_row, in_column)
-    store_result(
-        acc,
-        x_ptr,
-        acc_ptr,
-        x_rows[:, None] + (in_channel * x_strides[1])[None, :],
-        image[:, None],
-        in_channel[None, :],
-        in_plane[:, None],
-        in_row[:, None],
-        in_column[:, None],
-        mask_m[:, None] & mask_n[None, :],
-        extra_ptrs,
-        extra_strides,
-        EPILOGUE,
-        SAVE_ACC,
-    )
+    mask = mask_m[:, None] & mask_n[None, :]
+    if SPLITS > 1:
+        pixel = ((image * in_size[0] + in_plane) * in_size[1] + in_row) * in_size[2] + in_column
+        channels = tl.num_programs(1) * CHANNELS
+        all_pixels = pixels_of(batch, in_size)
+        store_partial(acc, x_ptr, split, pixel, all_pixels, in_channel, channels, mask)
+    else:
+        x_rows = pixel_offset(x_strides, image, in_plane, in_row, in_column)
+        store_result(
+            acc,
+            x_ptr,
+            acc_ptr,
+            x_rows[:, None] + (in_channel * x_strides[1])[None, :],
+            image[:, None],
+            in_channel[None, :],
+            in_plane[:, None],
+            in_row[:, None],
+            in_column[:, None],
+            mask,
+            extra_ptrs,
+            extra_strides,
+            EPILOGUE,
+            SAVE_ACC,
+        )
 
 
 def dgrad_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
     """Plan of the gradient of the input: one launch over all stride phases."""
-    epilogue = epilogue_arguments(problem)
     phase_pixels = problem.batch * math.prod(
         triton.cdiv(size, hop) for size, hop in zip(problem.in_size, problem.stride, strict=True)
     )
@@ -207,25 +219,29 @@ def dgrad_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
         ],
         1,
     )
+    splits = splits_of(problem, config)
+    fused = epilogue_arguments(problem) if splits == 1 else NO_EPILOGUE
+    out = "grad_input" if splits == 1 else "partial"
     call = KernelCall(
         conv_dgrad_kernel,
-        (tiles, problem.groups, math.prod(problem.stride)),
+        (tiles, problem.groups, math.prod(problem.stride) * splits),
         (
             Slot("grad_output"),
             Slot("weight"),
-            Slot("grad_input"),
-            Slot("acc" if epilogue.save_acc else "grad_input"),
-            epilogue.pointers,
-            epilogue.strides,
+            Slot(out),
+            Slot("acc" if fused.save_acc else out),
+            fused.pointers,
+            fused.strides,
             *spatial_arguments(problem),
         ),
         {
             **product_constexprs(problem, config),
             **{f"STEP_{axis}": step for axis, step in zip("DHW", steps, strict=True)},
-            "EPILOGUE": epilogue.function,
-            "SAVE_ACC": epilogue.save_acc,
+            "SPLITS": splits,
+            "EPILOGUE": fused.function,
+            "SAVE_ACC": fused.save_acc,
         },
         config.num_warps,
         config.num_stages,
     )
-    return LaunchPlan((call,), slot_dtypes(problem))
+    return finished(problem, call, splits)

@@ -12,6 +12,7 @@ import triton.language as tl
 from ...runtime.plan import KernelCall, LaunchPlan, Slot
 from ..problem import ConvProblem
 from .common import (
+    NO_EPILOGUE,
     TileConfig,
     epilogue_arguments,
     grouped_tile,
@@ -21,7 +22,6 @@ from .common import (
     pixels_of,
     position,
     product_constexprs,
-    slot_dtypes,
     spatial_arguments,
     store_result,
     tap_offset,
@@ -29,6 +29,7 @@ from .common import (
     widen,
     widen_all,
 )
+from .split import finished, split_range, splits_of, store_partial
 from .tiles import needs_bounds
 
 
@@ -61,6 +62,7 @@ def conv_forward_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     CHECK_BOUNDS: tl.constexpr,
+    SPLITS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -71,7 +73,10 @@ def conv_forward_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y[n, o, p] = Σ_{c,r} x[n, c, p·stride + r·dilation − pad] · w[o, c, r], p and r per axis."""
+    """y[n, o, p] = Σ_{c,r} x[n, c, p·stride + r·dilation − pad] · w[o, c, r], p and r per axis.
+
+    With SPLITS every part of the sum goes to ``y_ptr[split, pixel, o]`` in float32.
+    """
     if WIDE:
         batch = widen(batch)
         x_strides = widen_all(x_strides)
@@ -99,7 +104,9 @@ def conv_forward_kernel(
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(tl.cdiv(CHANNELS, BLOCK_K) * TAPS):
+    split = tl.program_id(2)
+    first, last = split_range(tl.cdiv(CHANNELS, BLOCK_K) * TAPS, split, SPLITS)
+    for step in range(first, last):
         t, r, s = tap_position(step % TAPS, KERNEL_D, KERNEL_H, KERNEL_W)
         c = (step // TAPS) * BLOCK_K + k
         x_tap = tap_offset(x_strides, t * DILATION_D, r * DILATION_H, s * DILATION_W)
@@ -124,50 +131,58 @@ def conv_forward_kernel(
             b = tl.load(w_ptr + w_offsets, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
         acc = matmul_step(a, b, acc, PRECISION, UPCAST)
 
-    y_rows = pixel_offset(y_strides, image, plane, row, column)
-    store_result(
-        acc,
-        y_ptr,
-        acc_ptr,
-        y_rows[:, None] + (out_channel * y_strides[1])[None, :],
-        image[:, None],
-        out_channel[None, :],
-        plane[:, None],
-        row[:, None],
-        column[:, None],
-        mask_m[:, None] & mask_n[None, :],
-        extra_ptrs,
-        extra_strides,
-        EPILOGUE,
-        SAVE_ACC,
-    )
+    mask = mask_m[:, None] & mask_n[None, :]
+    if SPLITS > 1:
+        filters = tl.num_programs(1) * FILTERS
+        store_partial(acc, y_ptr, split, m, pixels, out_channel, filters, mask)
+    else:
+        y_rows = pixel_offset(y_strides, image, plane, row, column)
+        store_result(
+            acc,
+            y_ptr,
+            acc_ptr,
+            y_rows[:, None] + (out_channel * y_strides[1])[None, :],
+            image[:, None],
+            out_channel[None, :],
+            plane[:, None],
+            row[:, None],
+            column[:, None],
+            mask,
+            extra_ptrs,
+            extra_strides,
+            EPILOGUE,
+            SAVE_ACC,
+        )
 
 
 def forward_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
     """Plan of the forward product."""
-    epilogue = epilogue_arguments(problem)
     tiles = triton.cdiv(problem.out_pixels, config.block_m) * triton.cdiv(
         problem.filters_per_group, config.block_n
     )
+    splits = splits_of(problem, config)
+    fused = epilogue_arguments(problem) if splits == 1 else NO_EPILOGUE
+    out = "output" if splits == 1 else "partial"
     call = KernelCall(
         conv_forward_kernel,
-        (tiles, problem.groups, 1),
+        (tiles, problem.groups, splits),
         (
             Slot("input"),
             Slot("weight"),
-            Slot("output"),
-            Slot("acc" if epilogue.save_acc else "output"),
-            epilogue.pointers,
-            epilogue.strides,
+            Slot(out),
+            Slot("acc" if fused.save_acc else out),
+            fused.pointers,
+            fused.strides,
             *spatial_arguments(problem),
         ),
         {
             **product_constexprs(problem, config),
             "CHECK_BOUNDS": needs_bounds(problem),
-            "EPILOGUE": epilogue.function,
-            "SAVE_ACC": epilogue.save_acc,
+            "SPLITS": splits,
+            "EPILOGUE": fused.function,
+            "SAVE_ACC": fused.save_acc,
         },
         config.num_warps,
         config.num_stages,
     )
-    return LaunchPlan((call,), slot_dtypes(problem))
+    return finished(problem, call, splits)

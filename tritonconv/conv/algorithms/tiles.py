@@ -72,8 +72,46 @@ def wgrad_split(problem: ConvProblem, block_m: int, block_n: int, sm_count: int)
     return min(range(1, most + 1), key=lambda split: (seconds(split), split))
 
 
-def tile_default(problem: ConvProblem, device: DeviceFacts) -> TileConfig:
-    """The heuristic default of an implicit matrix product: what an untuned call runs."""
+def reduction_steps(problem: ConvProblem, block_k: int) -> int:
+    """Steps of the loop over the reduction of a product over pixels, in the longest phase."""
+    taps = problem.taps
+    depth = problem.channels_per_group
+    if problem.direction is Direction.DGRAD:
+        depth = problem.filters_per_group
+        taps = math.prod(
+            triton.cdiv(count, hop // math.gcd(hop, step))
+            for count, hop, step in zip(
+                problem.kernel, problem.stride, problem.dilation, strict=True
+            )
+        )
+    return triton.cdiv(depth, block_k) * taps
+
+
+_MOST_SPLITS = 16
+
+
+def product_split(
+    problem: ConvProblem, block_m: int, block_n: int, block_k: int, sm_count: int
+) -> int:
+    """Parts of the sum that fill the GPU, one where its tiles nearly do so."""
+    rows, columns, _ = product_shape(problem)
+    phases = math.prod(problem.stride) if problem.direction is Direction.DGRAD else 1
+    tiles = phases * _tiles(problem, rows, columns, block_m, block_n)
+    steps = reduction_steps(problem, block_k)
+    most = min(sm_count // tiles, steps // 4, _MOST_SPLITS)
+    split = 1 << max(0, most.bit_length() - 1)
+    # A second kernel costs about as much as a dozen steps of one program.
+    return split if steps - steps // split >= 12 else 1
+
+
+def tile_default(problem: ConvProblem, device: DeviceFacts, split_sum: bool = False) -> TileConfig:
+    """The heuristic default of an implicit matrix product: what an untuned call runs.
+
+    Args:
+        problem: the product.
+        device: where it runs.
+        split_sum: whether the sums of a product over pixels can be split.
+    """
     rows, columns, depth = product_shape(problem)
     wide_type = problem.dtype is torch.float32
     block_n = power_of_two(columns, 16, _most_columns(problem))
@@ -88,6 +126,11 @@ def tile_default(problem: ConvProblem, device: DeviceFacts) -> TileConfig:
             block_n = min(block_n, 64)
     else:
         floor = device.sm_count
+        if split_sum:
+            m, n = min(block_m, 64), min(block_n, 64)
+            split = product_split(problem, m, n, block_k, device.sm_count)
+            if split > 1:
+                return TileConfig(m, n, block_k, 4, 3, split_k=split)
         while block_m > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor:
             block_m //= 2
         while block_n > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor // 2:
@@ -100,8 +143,16 @@ def tile_default(problem: ConvProblem, device: DeviceFacts) -> TileConfig:
     return TileConfig(block_m, block_n, block_k, warps, 3, split_k=split)
 
 
-def tile_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
-    """Config space of an implicit matrix product; its default is :func:`tile_default`."""
+def tile_space(
+    problem: ConvProblem, device: DeviceFacts, split_sum: bool = False
+) -> ConfigSpace[TileConfig]:
+    """Config space of an implicit matrix product; its default is :func:`tile_default`.
+
+    Args:
+        problem: the product.
+        device: where it runs.
+        split_sum: whether the sums of a product over pixels can be split.
+    """
     rows, columns, depth = product_shape(problem)
     scalar = problem.dtype is torch.float32 and problem.precision == "ieee"
     most_rows = triton.next_power_of_2(max(rows, 16))
@@ -141,9 +192,17 @@ def tile_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileCon
             )
         )
     if not wgrad:
-        parameters.append(Choice("split_k", (1,)))
+
+        def parts(block_m: int, block_n: int, block_k: int) -> tuple[int, ...]:
+            best = product_split(problem, block_m, block_n, block_k, device.sm_count)
+            return (1, best, 2 * best) if split_sum and best > 1 else (1,)
+
+        parameters.append(Derived("split_k", parts))
         return ConfigSpace(
-            TileConfig, tuple(parameters), tuple(constraints), tile_default(problem, device)
+            TileConfig,
+            tuple(parameters),
+            tuple(constraints),
+            tile_default(problem, device, split_sum),
         )
     if not flat_rows(problem):
         widest = _most_columns(problem)
