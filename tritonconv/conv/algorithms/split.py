@@ -68,12 +68,13 @@ def _finish_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """out[n, c, p] = f(Σ_split partial[split, (n, p), c], …), added in a fixed order."""
+    tile = tl.program_id(0)
     if WIDE:
+        tile = tile.to(tl.int64)
         batch = widen(batch)
         strides = widen_all(strides)
     pixels = pixels_of(batch, size)
     tiles_n = tl.cdiv(CHANNELS, BLOCK_N)
-    tile = tl.program_id(0)
     m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (m < pixels)[:, None] & (n < CHANNELS)[None, :]
