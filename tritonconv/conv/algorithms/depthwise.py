@@ -23,11 +23,14 @@ from ...runtime.plan import Arg, KernelCall, LaunchPlan, Slot
 from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction
 from .common import epilogue_arguments, lifted, slot_dtypes, unsupported_dtype
-from .depthwise_model import Shape, cost, footprint
+from .depthwise_model import Shape, compiling, cost, footprint
 from .depthwise_source import Stencil, generated_kernel
 from .depthwise_taps import Axis, axes
 from .depthwise_weights import packed_strides, packing_call, summing_call, weight_strides
 from .footprints import cdiv
+
+GENERATORS = (depthwise_source, depthwise_taps, depthwise_weights)
+"""What the kernels are made of, beside this module."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +105,21 @@ def _space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseCo
     """Configs by predicted time: first the best of every tile, then the others."""
     timed = []
     for config in _candidates(problem, device):
-        found = cost(stencil_of(problem, config), _shape(problem, config), device)
-        timed.append((found.registers > 300, found.seconds, config))
+        stencil = stencil_of(problem, config)
+        found = cost(stencil, _shape(problem, config), device)
+        slow = max(0, compiling(stencil) - _MOST_COMPILING)
+        timed.append((found.registers > 300 or slow, found.seconds, config))
     timed.sort(key=lambda row: row[:2])
-    kept = [config for *_, config in timed[:_MOST_CONFIGS]]
+    kept = [config for bad, _, config in timed[:_MOST_CONFIGS] if not bad] or [timed[0][-1]]
     best: dict[tuple[int, int, int], DepthwiseConfig] = {}
     for config in kept:
         best.setdefault((config.tile_h, config.tile_w, config.vector), config)
     return ConfigSpace.listed([*best.values(), *kept])
 
 
-_MOST_CONFIGS = 96
+_MOST_CONFIGS = 64
+_MOST_COMPILING = 220_000
+"""Of :func:`compiling`: four seconds of the compiler."""
 
 
 def _candidates(problem: ConvProblem, device: DeviceFacts) -> list[DepthwiseConfig]:
@@ -127,8 +134,8 @@ def _candidates(problem: ConvProblem, device: DeviceFacts) -> list[DepthwiseConf
     if problem.x_layout == "contiguous":
         vectors: tuple[int, ...] = (1,)
         blocks: tuple[int, ...] = (1,)
-        tiles_h = _tile_sizes(height, (1, 2, 4, 7, 8, 14))
-        tiles_w = _tile_sizes(width, (1, 2, 4))
+        tiles_h = _tile_sizes(height, (1, 2, 3, 4, 7, 8, 14))
+        tiles_w = _tile_sizes(width, (1, 2, 4, 8) if height == 1 else (1, 2, 4))
     else:
         vectors = _vectors(problem, channels)
         blocks = _channel_blocks(channels)
@@ -148,7 +155,7 @@ def _candidates(problem: ConvProblem, device: DeviceFacts) -> list[DepthwiseConf
         tiles, blocks, (1, 2, 4, 8), packs, rows
     ):
         # Threads with little to do, and programs with less than one tile.
-        few = vector * tile_h * tile_w * 4 < most or (warps == 1 and block_c > 32)
+        few = vector * tile_h * tile_w * 4 < min(most, 32) or (warps == 1 and block_c > 32)
         if few or not vector <= block_c <= 32 * warps * vector:
             continue
         config = DepthwiseConfig(block_c, vector, tile_h, tile_w, warps, pack, chunk)
@@ -211,7 +218,7 @@ def _shape(problem: ConvProblem, config: DepthwiseConfig) -> Shape:
 
 @functools.lru_cache(maxsize=1024)
 def _axes(problem: ConvProblem, tile_h: int, tile_w: int, rows: int) -> tuple[Axis, Axis, Axis]:
-    tile = (1, tile_h, tile_w)
+    tile: tuple[int, ...] = (1, tile_h, tile_w)
     if problem.direction is Direction.DGRAD:
         depth, *hops = lifted(problem.stride, 1)
         tile = (depth, *(cdiv(t, hop) * hop for t, hop in zip(tile[1:], hops, strict=True)))
@@ -241,18 +248,16 @@ def stencil_of(problem: ConvProblem, config: DepthwiseConfig) -> Stencil:
 
 
 _MOST_PRODUCTS = 1024
-"""Written out in a row: more than that the instruction cache does not hold."""
+"""Of a thread, written out in a row: more than that the instruction cache does not hold."""
 
 
 def _unroll(problem: ConvProblem, found: tuple[Axis, Axis, Axis], vector: int) -> tuple[bool, bool]:
     """Whether planes and rows of the filter are written out; a weight gradient names every tap."""
     if problem.direction is Direction.WGRAD:
         return True, True
-    pairs = [sum(map(len, axis.reads().values())) for axis in found]
-    return (
-        pairs[0] * pairs[1] * pairs[2] * vector <= _MOST_PRODUCTS,
-        found[0].tile * pairs[1] * pairs[2] * vector <= _MOST_PRODUCTS,
-    )
+    depth, height, width = (sum(map(len, axis.reads().values())) for axis in found)
+    most = min(_MOST_PRODUCTS // vector, 400)  # the compiler's time is the other
+    return depth * height * width <= most, found[0].tile * height * width <= most
 
 
 def _known_strides(problem: ConvProblem, config: DepthwiseConfig) -> tuple[tuple[str, int], ...]:

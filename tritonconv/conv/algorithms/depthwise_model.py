@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ...runtime.device import DeviceFacts
 from ...runtime.space import Footprint
 from .depthwise_source import Stencil
-from .depthwise_taps import Axis
+from .depthwise_taps import Axis, schedule
 
 _CLOCK = 1.7e9
 _MEMORY_RATE = 3.0e12
@@ -77,6 +77,29 @@ def _counts(axis: Axis) -> tuple[int, int, int, int]:
     pairs = [len(served) for served in found.values()]
     reach = max(found, default=0) - min(found, default=0) + 1
     return len(pairs), sum(pairs), max(pairs, default=1), reach
+
+
+@functools.lru_cache(maxsize=4096)
+def _written(axis: Axis, unroll: bool) -> tuple[int, int]:
+    """Reads and (output, tap) pairs that the source spells out along an axis."""
+    steps = schedule(axis, unroll)
+    return len(steps), sum(len(step.pairs) for step in steps)
+
+
+def compiling(stencil: Stencil) -> int:
+    """Memory operations × operations of the source: what the compiler's time grows with."""
+    unroll = (*stencil.unroll, True)
+    (d, h, w) = (
+        _written(axis, flag) for (_, axis, _), flag in zip(stencil.axes, unroll, strict=True)
+    )
+    products = d[1] * h[1] * w[1]
+    outputs = stencil.depth.tile * stencil.height.tile * stencil.width.tile
+    accesses = d[0] * h[0] * w[0] + outputs
+    if stencil.filter == (0, 0):
+        # Rows of weights that nothing loops over are loaded once for all outputs.
+        once = stencil.depth.taps * stencil.height.taps
+        accesses += stencil.width.taps * (once if min(stencil.unroll) else d[1] * h[1])
+    return accesses * (products + 8 * accesses)
 
 
 def _halo(axis: Axis, tiles: int) -> float:

@@ -306,7 +306,7 @@ def _products(write: _Writer, stencil: Stencil, x_channel: str, w_channel: str) 
                 for out_h, tap_h in row.pairs:
                     for out_w, tap_w in pairs:
                         acc = f"acc_{out_d}_{out_h}_{out_w}"
-                        write(f"{acc} += x * w_{tap_d}_{tap_h}_{tap_w}")
+                        write(f"{acc} = tl.fma(x, w_{tap_d}_{tap_h}_{tap_w}, {acc})")
 
 
 def _store(write: _Writer, stencil: Stencil) -> None:
@@ -361,8 +361,8 @@ def wgrad_source(stencil: Stencil) -> str:
         _place(write, stencil)
         write("y_base = image * y_sn + plane * y_sd + row * y_sh + column * y_sw")
         write("y_base = grad_ptr + (y_base[:, None] + o * y_sc)")
-        for suffix, offset, masks, _ in _outputs(stencil):
-            write(_load(f"grad_{suffix}", offset, masks))
+        for suffix, place, masks, _ in _outputs(stencil):
+            write(_load(f"grad_{suffix}", place, masks))
         reads = _Reads(write, stencil)
         for plane, row in reads:
             for offset, pairs in reads.columns.items():
@@ -371,7 +371,7 @@ def wgrad_source(stencil: Stencil) -> str:
                     for out_h, tap_h in row.pairs:
                         for out_w, tap_w in pairs:
                             acc = f"acc_{tap_d}_{tap_h}_{tap_w}"
-                            write(f"{acc} += x * grad_{out_d}_{out_h}_{out_w}")
+                            write(f"{acc} = tl.fma(x, grad_{out_d}_{out_h}_{out_w}, {acc})")
     _add_lanes(write, stencil, taps)
     head = (
         "@triton.jit\ndef depthwise_kernel(\n    grad_ptr, x_ptr, partial_ptr, batch, x_size,"
@@ -404,15 +404,15 @@ def _add_lanes(write: _Writer, stencil: Stencil, taps: Sequence[tuple[int, int, 
         while len(names) > 1:
             names = [f"tl.join({a}, {b})" for a, b in zip(names[::2], names[1::2], strict=True)]
         write(f"total = tl.reshape(tl.sum({names[0]}, 0), (BLOCK_C, {group}))")
-        write(f"tap = slot + {first}")
-        write(f"tap_d = first_d + tap // {h.taps * w.taps}")
-        write(f"tap_h = first_h + tap // {w.taps} % {h.taps}")
+        write(f"here = slot + {first}")
+        write(f"tap_d = first_d + here // {h.taps * w.taps}")
+        write(f"tap_h = first_h + here // {w.taps} % {h.taps}")
         parts = [] if stencil.even else ["mask_c"]
-        parts += [f"(tap < {len(taps)})"] * (first + group > len(taps))
+        parts += [f"(here < {len(taps)})"] * (first + group > len(taps))
         parts += [f"(tap_d < {planes})"] * (planes % d.taps > 0)
         parts += [f"(tap_h < {rows})"] * (rows % h.taps > 0)
         mask = f", mask={_mask(parts)}" if parts else ""
-        write(f"tap = (tap_d * {rows} + tap_h) * {w.taps} + tap % {w.taps}")
+        write(f"tap = (tap_d * {rows} + tap_h) * {w.taps} + here % {w.taps}")
         write(f"tl.store(partial_ptr + (base + tap * channels), total{mask})")
 
 
