@@ -10,13 +10,8 @@ import torch
 
 from tritonconv.conv.algorithms import ALGORITHMS
 from tritonconv.conv.algorithms.common import slot_dtypes
-from tritonconv.conv.algorithms.single_channel import (
-    FMA,
-    MMA,
-    RUNS,
-    SingleChannel,
-    SingleConfig,
-)
+from tritonconv.conv.algorithms.single_channel import SingleChannel
+from tritonconv.conv.algorithms.single_geometry import FMA, MMA, RUNS, SingleConfig
 from tritonconv.conv.dispatch import ConvOperator
 from tritonconv.conv.problem import ConvProblem, Direction
 from tritonconv.runtime.accuracy import check

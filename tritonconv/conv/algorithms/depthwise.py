@@ -29,9 +29,6 @@ from .depthwise_taps import Axis, axes
 from .depthwise_weights import packed_strides, packing_call, summing_call, weight_strides
 from .footprints import cdiv
 
-GENERATORS = (depthwise_source, depthwise_taps, depthwise_weights)
-"""What the kernels are made of, beside this module."""
-
 
 @dataclass(frozen=True)
 class DepthwiseConfig(Config):

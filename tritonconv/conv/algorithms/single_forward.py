@@ -79,7 +79,7 @@ def single_forward_fma_kernel(
     mask_m = m < FILTERS
     accs = ()
     for _ in tl.static_range(BLOCK_H):
-        accs = accs + (tl.zeros((BLOCK_W, BLOCK_M), tl.float32),)  # noqa: RUF005
+        accs = accs + (tl.zeros((BLOCK_W, BLOCK_M), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for c in tl.static_range(CHANNELS):
         for d in tl.static_range(KERNEL_D):
             in_plane = plane * STRIDE_D - PAD_D + d * DILATION_D
@@ -107,10 +107,10 @@ def single_forward_fma_kernel(
                             x = tl.load(pointers, mask=inside, other=0.0)
                         else:
                             x = tl.load(pointers)
-                        acc = accs[i]
+                        acc = accs[i]  # type: ignore[var-annotated]
                         acc += x.to(tl.float32)[:, None] * w[None, :]
                         updated = updated + (acc,)  # noqa: RUF005
-                    accs = updated
+                    accs = updated  # type: ignore[assignment]
     y_plane = image * y_strides[0] + plane * y_strides[2]
     y_tile = (columns * y_strides[4])[:, None] + (m * y_strides[1])[None, :]
     for i in tl.static_range(BLOCK_H):
