@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonconv.conv.algorithms.common import TileConfig
-from tritonconv.conv.algorithms.depthwise import DepthwiseConfig
 from tritonconv.conv.dispatch import OPERATORS
 from tritonconv.conv.problem import Direction
 from tritonconv.runtime.device import nominal_device
@@ -125,16 +124,3 @@ def test_listing_a_space_is_quick() -> None:
     begin = time.perf_counter()
     assert isinstance(dense.configs(problem, H100)[0], TileConfig)
     assert time.perf_counter() - begin < 0.02
-
-
-def test_depthwise_tiles_follow_the_layout() -> None:
-    operator = OPERATORS[Direction.FORWARD, 2]
-    fields = {"N": 8, "C": 96, "M": 96, "H": 56, "K": 7, "P": 3, "G": 96}
-    for layout, default in (
-        ("channels_last", DepthwiseConfig(64, 64, 4)),
-        ("contiguous", DepthwiseConfig(256, 1, 4)),
-    ):
-        space = operator.algorithm("depthwise").space(
-            operator.parse({**fields, "layout": layout}), H100
-        )
-        assert space.default == default
