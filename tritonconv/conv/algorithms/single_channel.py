@@ -7,6 +7,7 @@ maps by pixels: both are the shape of the tile.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from ...runtime.device import DeviceFacts
@@ -24,7 +25,7 @@ from . import (
     single_spaces,
 )
 from .common import unsupported_dtype
-from .single_geometry import SingleConfig, dgrad_blocks
+from .single_geometry import SingleConfig, dgrad_blocks, is_scalar
 from .single_plans import dgrad_plan, forward_plan, wgrad_plan
 from .single_spaces import (
     MOST_UNROLLED,
@@ -35,6 +36,7 @@ from .single_spaces import (
 )
 
 MAX_CHANNELS = 4
+_SCALAR = "a large window on scalar units, where it only spills registers"
 _SOURCES = (
     single_forward,
     single_geometry,
@@ -54,8 +56,7 @@ class SingleChannel(Algorithm):
 
     def source_hash(self) -> str:
         """Of this file and of the kernels."""
-        modules = _SOURCES
-        return source_hash_of((__file__, *(str(module.__file__) for module in modules)))
+        return source_hash_of((__file__, *(str(module.__file__) for module in _SOURCES)))
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Ungrouped and few input channels; windows that a program can hold."""
@@ -65,10 +66,15 @@ class SingleChannel(Algorithm):
             return f"more than {MAX_CHANNELS} input channels"
         if problem.taps * problem.in_channels > MOST_UNROLLED:
             return f"a window of more than {MOST_UNROLLED} elements"
+        most = 128 if problem.direction is Direction.FORWARD else 64
+        if is_scalar(problem) and problem.taps * problem.in_channels > most:
+            return _SCALAR
         if problem.direction is Direction.DGRAD:
             pairs = zip(problem.stride, problem.dilation, strict=True)
             if any(hop > 1 and step > 1 for hop, step in pairs):
                 return "stride and dilation on one axis"
+            if is_scalar(problem) and math.prod(problem.kernel[-2:]) > 32:
+                return _SCALAR
             if not dgrad_blocks(problem):
                 return "a window too large for the shared memory of a program"
         return unsupported_dtype(problem)
