@@ -66,9 +66,9 @@ def main(target: str, dropped: int, kept: int, seed: int = 0) -> None:
                     **arithmetic,
                     "dropped": [violation.constraint for violation in broken],
                     "estimated": footprint.shared_bytes,
-                    "real": compiled[0].shared_bytes,
-                    "spills": compiled[0].spill_bytes,
-                    "threads": footprint.threads == 32 * compiled[0].num_warps,
+                    "real": max(kernel.shared_bytes for kernel in compiled),
+                    "spills": max(kernel.spill_bytes or 0 for kernel in compiled),
+                    "threads": footprint.threads in {32 * kernel.num_warps for kernel in compiled},
                 }
             )
     print(json.dumps({"limit": device.shared_bytes, "rows": rows}))

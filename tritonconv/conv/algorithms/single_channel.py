@@ -7,6 +7,7 @@ maps by pixels: both are the shape of the tile.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from ...runtime.device import DeviceFacts
@@ -15,7 +16,7 @@ from ...runtime.plan import LaunchPlan
 from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction
 from .common import unsupported_dtype
-from .single_geometry import SingleConfig, dgrad_blocks
+from .single_geometry import SingleConfig, dgrad_blocks, is_scalar
 from .single_plans import dgrad_plan, forward_plan, wgrad_plan
 from .single_spaces import (
     MOST_UNROLLED,
@@ -26,6 +27,7 @@ from .single_spaces import (
 )
 
 MAX_CHANNELS = 4
+_SCALAR = "a large window on scalar units, where it only spills registers"
 
 
 class SingleChannel(Algorithm):
@@ -55,10 +57,15 @@ class SingleChannel(Algorithm):
             return f"more than {MAX_CHANNELS} input channels"
         if problem.taps * problem.in_channels > MOST_UNROLLED:
             return f"a window of more than {MOST_UNROLLED} elements"
+        most = 128 if problem.direction is Direction.FORWARD else 64
+        if is_scalar(problem) and problem.taps * problem.in_channels > most:
+            return _SCALAR
         if problem.direction is Direction.DGRAD:
             pairs = zip(problem.stride, problem.dilation, strict=True)
             if any(hop > 1 and step > 1 for hop, step in pairs):
                 return "stride and dilation on one axis"
+            if is_scalar(problem) and math.prod(problem.kernel[-2:]) > 32:
+                return _SCALAR
             if not dgrad_blocks(problem):
                 return "a window too large for the shared memory of a program"
         return unsupported_dtype(problem)

@@ -109,8 +109,8 @@ def single_forward_fma_kernel(
                             x = tl.load(pointers)
                         acc = accs[i]  # type: ignore[var-annotated]
                         acc += x.to(tl.float32)[:, None] * w[None, :]
-                        updated = updated + (acc,)  # noqa: RUF005
-                    accs = updated  # type: ignore[assignment]
+                        updated = updated + (acc,)  # type: ignore[assignment]  # noqa: RUF005
+                    accs = updated
     y_plane = image * y_strides[0] + plane * y_strides[2]
     y_tile = (columns * y_strides[4])[:, None] + (m * y_strides[1])[None, :]
     for i in tl.static_range(BLOCK_H):
