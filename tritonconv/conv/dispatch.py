@@ -142,11 +142,15 @@ class ConvOperator(Operator):
     def default_algorithm(self, problem: ConvProblem, device: DeviceFacts) -> Algorithm:
         """The most special algorithm that serves the problem, but where PyTorch is known better.
 
-        On an H100 the generated kernels for groups of a few channels, and for the weight gradient
-        of depthwise problems, ran at 0.1 to 0.5 times PyTorch's speed (docs/benchmarks).
+        On an H100 the generated kernels for groups of a few channels ran at 0.3 to 0.5 times
+        PyTorch's speed; that of a depthwise weight gradient is faster where channels are fastest in
+        memory, and not measured elsewhere (docs/benchmarks).
         """
-        narrow = problem.groups > 1 and problem.channels_per_group < 32
-        slow = narrow and (not problem.depthwise or problem.direction is Direction.WGRAD)
+        if problem.depthwise:
+            wgrad = problem.direction is Direction.WGRAD
+            slow = wgrad and problem.x_layout != "channels_last"
+        else:
+            slow = problem.groups > 1 and problem.channels_per_group < 32
         if slow and ATEN.supports(problem) is None:
             return ATEN
         return self.candidates(problem)[0]

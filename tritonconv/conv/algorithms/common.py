@@ -50,19 +50,6 @@ def precision_constexprs(problem: ConvProblem) -> dict[str, Any]:
     }
 
 
-def geometry_constexprs(problem: ConvProblem) -> dict[str, int]:
-    """The filter's geometry, which kernels are specialised on."""
-    names: dict[str, int] = {}
-    for label, values in (
-        ("KERNEL", problem.kernel),
-        ("STRIDE", problem.stride),
-        ("PAD", problem.padding),
-        ("DILATION", problem.dilation),
-    ):
-        names[f"{label}_H"], names[f"{label}_W"] = values
-    return names
-
-
 @dataclass(frozen=True)
 class EpilogueArguments:
     """The epilogue as kernel arguments: generated function, pointers, strides."""
@@ -111,18 +98,6 @@ def slot_names(direction: Direction) -> tuple[str, str, str]:
         Direction.DGRAD: ("grad_output", "weight", "grad_input"),
         Direction.WGRAD: ("grad_output", "input", "grad_weight"),
     }[direction]
-
-
-def pixel_arguments(problem: ConvProblem) -> tuple[Arg, ...]:
-    """Batch and map sizes, then the strides of input, weight and output."""
-    return (
-        problem.batch,
-        *problem.in_size,
-        *problem.out_size,
-        *problem.x_strides,
-        *problem.w_strides,
-        *problem.y_strides,
-    )
 
 
 def lifted(values: Sequence[int], absent: int) -> tuple[int, int, int]:
@@ -260,12 +235,6 @@ def widen_all(strides):
 def widen(a):
     """An integer argument as int64, whether it arrives as int32 or as the constant 1."""
     return a * tl.full((), 1, tl.int64)
-
-
-@triton.jit
-def widen_strides(a, b, c, d):
-    """Four strides as int64, so that every product with them is."""
-    return widen(a), widen(b), widen(c), widen(d)
 
 
 @triton.jit
