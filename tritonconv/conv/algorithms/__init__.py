@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...runtime.operators import Algorithm
 from .aten import Aten
+from .bundled import Bundled
 from .dense import Dense
 from .depthwise import Depthwise
 from .few_channel import FewChannel
@@ -18,6 +19,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     SingleChannel(),
     FewChannel(),
     Depthwise(),
+    Bundled(),
     Grouped(),
     Dense(),
     Aten(),

@@ -1,0 +1,53 @@
+"""Bundles of narrow groups: every bundle gives what the groups give, and no group sees another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tritonconv.conv.algorithms.bundled import Bundled, bundles
+from tritonconv.conv.dispatch import OPERATORS
+from tritonconv.conv.problem import ConvProblem, Direction
+from tritonconv.runtime.device import device_facts
+
+from .test_algorithms import run_and_check
+
+ALGORITHM = Bundled()
+GROUPS = {
+    "8 of 4 by 8": {"N": 2, "C": 32, "M": 64, "H": 6, "K": 3, "P": 1, "G": 8},
+    "6 of 4, strided": {"N": 1, "C": 24, "M": 24, "H": 7, "K": 3, "S": 2, "P": 1, "G": 6},
+    "12 of 2, dilated": {"N": 1, "C": 24, "M": 36, "H": 6, "K": 2, "dilation": 2, "G": 12},
+}
+
+
+def problem_of(case: str, direction: Direction, **more: object) -> ConvProblem:
+    return OPERATORS[direction, 2].parse({**GROUPS[case], **more})
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("case", GROUPS)
+def test_every_bundle(case: str, direction: Direction, layout: str, device: torch.device) -> None:
+    problem = problem_of(case, direction)
+    default = ALGORITHM.space(problem, device_facts()).default
+    assert len(bundles(problem)) >= 1 and default.bundle in bundles(problem)
+    for bundle in bundles(problem):
+        config = replace(default, bundle=bundle)
+        run_and_check({**GROUPS[case], "layout": layout}, direction, "bundled", device, config)
+
+
+def test_a_bundle_divides_the_groups_and_fills_a_matrix_instruction() -> None:
+    assert bundles(problem_of("8 of 4 by 8", Direction.FORWARD)) == (4, 8)
+    assert bundles(problem_of("6 of 4, strided", Direction.FORWARD)) == (6,)
+    assert bundles(problem_of("12 of 2, dilated", Direction.WGRAD)) == (12,)
+    for fields in ({"C": 96, "M": 96, "G": 3}, {"C": 10, "M": 10, "G": 5}):
+        problem = OPERATORS[Direction.FORWARD, 2].parse({"H": 5, "K": 3, **fields})
+        assert not bundles(problem) and ALGORITHM.supports(problem) is not None
+
+
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.DGRAD])
+def test_fused(direction: Direction, device: torch.device) -> None:
+    fused = "fused" if direction is Direction.FORWARD else "transposed"
+    run_and_check({**GROUPS["8 of 4 by 8"], "epilogue": fused}, direction, "bundled", device)
