@@ -42,8 +42,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker of tests that need much memory or time."""
+    """Register markers; share the cores among the workers of pytest-xdist."""
     config.addinivalue_line("markers", "slow: takes much memory or time")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # there is a worker for every core
 
 
 @pytest.hookimpl(tryfirst=True)
