@@ -105,18 +105,21 @@ def _best_generated(
     """The tuned kernel if it is ours, else the fastest of ours in the entry, else a default."""
     if tuned.algorithm != PYTORCH_ALGORITHM:
         return tuned
+    ours = {a.name: a for a in operator.candidates(problem) if a.name != PYTORCH_ALGORITHM}
+    current = operator.source_hashes()
     for located in tuned_table(facts).exact(operator, problem):
         timed = [
             (trial.status != Status.OK, trial.timing.p50, trial)
             for trial in located.entry.trials
-            if trial.timing is not None and trial.algorithm != PYTORCH_ALGORITHM
+            if trial.timing is not None
+            and trial.algorithm in ours  # and what was timed is what would run
+            and located.entry.sources.get(trial.algorithm) == current[trial.algorithm]
         ]
         if timed:
             trial = min(timed, key=lambda row: row[:2])[2]
-            algorithm = operator.algorithm(trial.algorithm)
+            algorithm = ours[trial.algorithm]
             return Candidate(algorithm.name, algorithm.config_type.from_dict(trial.config))
-    ours = (a for a in operator.candidates(problem) if a.name != PYTORCH_ALGORITHM)
-    return next((Candidate(a.name, a.configs(problem, facts)[0]) for a in ours), None)
+    return next((Candidate(a.name, a.configs(problem, facts)[0]) for a in ours.values()), None)
 
 
 def bench(
@@ -143,11 +146,7 @@ def bench(
     results = []
     for operator, problem in pairs:
         tier, rows = contenders(operator, problem, lab)
-        timer = lab.timer(operator, problem, policy, seed)
-        try:
-            measured = _measure(timer, rows, turns)
-        finally:
-            timer.close()
+        measured = _measured(operator, problem, rows, lab, policy, turns, seed)
         if everywhere and any(row.contender == TORCH for row in measured):
             measured += _elsewhere(operator, problem, lab, policy, turns, seed)
         comparison = Comparison(
@@ -157,6 +156,27 @@ def bench(
         if progress is not None:
             progress(comparison)
     return results
+
+
+def _measured(
+    operator: Operator,
+    problem: Problem,
+    rows: list[tuple[str, Candidate]],
+    lab: Lab,
+    policy: Policy,
+    turns: int,
+    seed: int,
+) -> tuple[Measured, ...]:
+    """Time contenders on a problem; one that is too large for the device says so in every row."""
+    try:
+        timer = lab.timer(operator, problem, policy, seed)
+        try:
+            return _measure(timer, rows, turns)
+        finally:
+            timer.close()
+    except (CandidateError, torch.OutOfMemoryError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        return tuple(Measured(name, candidate, None, reason) for name, candidate in rows)
 
 
 def _measure(timer: Timer, rows: list[tuple[str, Candidate]], turns: int) -> tuple[Measured, ...]:
@@ -169,9 +189,10 @@ def _measure(timer: Timer, rows: list[tuple[str, Candidate]], turns: int) -> tup
                 handles[rival, candidate] = timer.prepare(candidate)
         except CandidateError as error:
             failed[rival, candidate] = str(error)
-    timings = dict(
-        zip(handles, take_turns(timer, list(handles.values()), turns=turns), strict=True)
-    )
+    # Where calls are not captured, they run here.
+    with _pytorch_at_its_best():
+        taken = take_turns(timer, list(handles.values()), turns=turns)
+    timings = dict(zip(handles, taken, strict=True))
     return tuple(
         Measured(
             name,
@@ -189,13 +210,11 @@ def _elsewhere(
     """PyTorch on the same computation with its tensors laid out differently: the fastest."""
     found: list[Measured] = []
     for other in operator.elsewhere(problem):
+        if other.fields() == problem.fields():
+            continue
         torch_own = operator.algorithm(PYTORCH_ALGORITHM)
         candidate = Candidate(torch_own.name, torch_own.configs(other, lab.facts)[0])
-        timer = lab.timer(operator, other, policy, seed)
-        try:
-            found += _measure(timer, [(TORCH, candidate)], turns)
-        finally:
-            timer.close()
+        found += _measured(operator, other, [(TORCH, candidate)], lab, policy, turns, seed)
     ran = [row for row in found if row.timing is not None]
     if not ran:
         return ()

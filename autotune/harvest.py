@@ -260,7 +260,7 @@ def harvest(
         model: any module of one tensor, in the mode (training or evaluation) of interest.
         inputs: a batch, on the model's device.
         amp: dtype of an autocast region around the forward pass; None for none.
-        backward: also run the backward pass, from the sum of the squares of the outputs.
+        backward: also run the backward pass, from the mean squares of the outputs.
     """
     device = inputs.device.type
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -286,8 +286,8 @@ def harvest(
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """The sum of the squares of every tensor in a model's output that has a gradient."""
-    losses = [t.float().square().sum() for t in _tensors(output) if t.requires_grad]
+    """The mean square of every tensor in a model's output that has a gradient, added."""
+    losses = [t.float().square().mean() for t in _tensors(output) if t.requires_grad]
     return torch.stack(losses).sum() if losses else torch.zeros(())
 
 

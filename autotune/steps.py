@@ -36,7 +36,7 @@ class StepTime:
         timing: milliseconds of a step on the device, optimiser included; None when it did not run.
         first_s: seconds until the first step was done: what compiling and choosing kernels cost.
         converted: layers that run on the library's kernels.
-        reason: why it did not run.
+        reason: why it did not run, or what the reader of its time should know.
     """
 
     contender: str
@@ -131,39 +131,53 @@ class _Contender:
         self.optimizer = torch.optim.SGD(own.parameters(), lr=1e-4, momentum=0.9)
         self.model: Callable[[torch.Tensor], Any] = torch.compile(own) if compiled else own
 
-    def step(self) -> None:
+    def step(self) -> torch.Tensor:
         kind = self.images.device.type
         region = nullcontext() if self.amp is None else torch.autocast(kind, dtype=self.amp)
         self.optimizer.zero_grad(set_to_none=True)
         with region:
             output = self.model(self.images)
-        loss_of(output).backward()
+        loss = loss_of(output)
+        loss.backward()
         self.optimizer.step()
+        return loss.detach()
 
     def warm_up(self) -> None:
         begin = time.perf_counter()
-        try:
-            with _benchmark():
+        with self._guarded():
+            self.step()
+            self._wait()
+            self.first_s = time.perf_counter() - begin
+            for _ in range(WARM_UP - 1):
                 self.step()
-                self._wait()
-                self.first_s = time.perf_counter() - begin
-                for _ in range(WARM_UP - 1):
-                    self.step()
-                self._wait()
-        except Exception as error:  # the others still run: a contender that cannot says why
-            self.reason = f"{type(error).__name__}: {error}"
+            self._wait()
 
     def run(self, steps: int) -> None:
         if self.reason:
             return
-        with _benchmark():
-            self.step()  # caches and clocks belong to the one that ran before
+        with self._guarded():
+            loss = self.step()  # caches and clocks belong to the one that ran before
             marks = [self._mark()]
             for _ in range(steps):
-                self.step()
+                loss = self.step()
                 marks.append(self._mark())
             self._wait()
-        self.milliseconds += [_milliseconds(a, b) for a, b in itertools.pairwise(marks)]
+            self.milliseconds += [_milliseconds(a, b) for a, b in itertools.pairwise(marks)]
+            if not bool(torch.isfinite(loss)):
+                self.reason = "the loss is not finite: what was timed is no training"
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """A contender that cannot run says why, and the others still do."""
+        device = self.images.device
+        try:
+            with (
+                _benchmark(),
+                torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+            ):
+                yield
+        except Exception as error:
+            self.reason = f"{type(error).__name__}: {error}"
 
     def _wait(self) -> None:
         if self.images.is_cuda:
@@ -180,10 +194,13 @@ class _Contender:
     def result(self) -> StepTime:
         times = self.milliseconds
         timing = None
-        if times:
+        if times and not self.reason:
             low, *_, high = statistics.quantiles(times, n=5) if len(times) > 1 else times * 2
             timing = Timing(statistics.median(times), low, high, len(times))
-        return StepTime(self.name, timing, self.first_s, self.converted, self.reason)
+        reason = self.reason
+        if self.ours and not self.converted:
+            reason = reason or "no layer was converted: these are PyTorch's kernels"
+        return StepTime(self.name, timing, self.first_s, self.converted, reason)
 
 
 def _milliseconds(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:

@@ -97,7 +97,13 @@ def bench(
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise bad_value("bench", f"one of {', '.join(sources)}", ", ".join(given) or "nothing")
+    if compiled and model is None:
+        raise bad_value("--compile", "with --model", "without")
     if model is not None:
+        idle = {"--vs": vs is not None, "--host": host, "operators": bool(operators)}
+        for name, asked in idle.items():
+            if asked:
+                raise bad_value(name, "without --model", "with it")
         arguments = parse_shape(model_args) if model_args else None
         options = _step_options(batch, size, channels, dtype, layout)
         _steps(out, model, step_times(model, arguments, **options, compiled=compiled))

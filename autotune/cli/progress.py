@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 from types import TracebackType
@@ -224,6 +225,7 @@ class LiveProgress(PlainProgress):
 
 def progress_on(console: Console, verbosity: int) -> PlainProgress:
     """The fitting display: live on a terminal, plain lines elsewhere, nothing when quiet."""
-    if verbosity >= 0 and console.is_terminal:
+    live = console.is_terminal and not console.is_dumb_terminal
+    if verbosity >= 0 and live and "RANK" not in os.environ:  # ranks share their terminal
         return LiveProgress(console, verbosity)
     return PlainProgress(console, verbosity)

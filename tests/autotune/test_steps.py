@@ -79,3 +79,48 @@ def test_bad_options() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(NoDeviceError):
             steps.step_times("test_steps:Net")
+
+
+def test_a_real_network_stays_finite() -> None:
+    for row in steps.step_times(
+        "attention_unet", {"widths": (4, 8)}, batch=2, size=(32, 32), steps=3, device="cpu"
+    ):
+        assert row.timing is not None and not row.reason
+
+
+class Diverges(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * float("inf")
+
+
+class LaterRefuses(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        ours = type(self.first).__module__.startswith("tritonconv")
+        if ours and sum(own for own, _ in Net.losses) > steps.WARM_UP + 2:
+            raise MemoryError("too much")
+        return y
+
+
+class Linear(nn.Module):
+    def __init__(self, in_channels: int = 1) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        return y
+
+
+def test_what_was_no_training_has_no_time() -> None:
+    Net.losses.clear()
+    for name, reason in (("Diverges", "not finite"), ("LaterRefuses", "MemoryError: too much")):
+        _, ours = steps.step_times(
+            f"test_steps:{name}", batch=1, size=(8, 8), dtype="float32", steps=2, device="cpu"
+        )
+        assert ours.timing is None and reason in ours.reason
+    theirs, ours = steps.step_times(
+        "test_steps:Linear", batch=1, size=(8, 8), steps=2, device="cpu"
+    )
+    assert theirs.timing is not None and not theirs.reason
+    assert "no layer was converted" in ours.reason

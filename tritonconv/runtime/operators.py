@@ -73,7 +73,7 @@ class Algorithm(ABC):
     name: ClassVar[str]
     config_type: ClassVar[type[Config]] = Config
     sources: ClassVar[tuple[str, ...]] = ()
-    """Modules beside the algorithm's own with kernels or spaces that it shares with others."""
+    """Modules that decide what the algorithm runs, beside its own: paths from its folder."""
 
     @abstractmethod
     def supports(self, problem: Any) -> str | None:
@@ -194,7 +194,7 @@ class Operator(ABC):
 def _class_hash(algorithm: type[Algorithm]) -> str:
     own = Path(inspect.getfile(algorithm))
     hashed = hashlib.sha256()
-    for path in (own, *(own.with_name(f"{name}.py") for name in sorted(algorithm.sources))):
+    for path in (own, *(own.parent / f"{name}.py" for name in sorted(algorithm.sources))):
         hashed.update(hashlib.sha256(path.read_bytes()).digest())
     return hashed.hexdigest()[:16]
 

@@ -29,6 +29,7 @@ class Aten(Algorithm):
 
     name: ClassVar[str] = "aten"
     config_type = Config
+    sources = ("../pytorch",)
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Everything except the emulated float32 that PyTorch does not have."""
