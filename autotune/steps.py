@@ -7,7 +7,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tritonconv.nn import convert
+from tritonconv.runtime.backend import backend
 from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.tables import Timing
 
@@ -62,9 +63,10 @@ def step_times(
 ) -> list[StepTime]:
     """Time forward, backward and SGD with momentum of a model before and after ``nn.convert``.
 
-    All contenders start from the same weights and see the same batch. They take turns, ``steps``
-    steps at a time, after a few that warm them up; every step is timed on the device. PyTorch runs
-    with cuDNN's benchmark mode on.
+    A network that is written on this library's functions is its own second contender; as PyTorch's,
+    it runs on PyTorch's kernels. All contenders start from the same weights and see the same batch.
+    They take turns, ``steps`` steps at a time, after a few that warm them up; every step is timed on
+    the device. PyTorch runs with cuDNN's benchmark mode on.
 
     Args:
         name, arguments, channels: as :func:`~tritonconv.autotune.harvest.build_model` takes them.
@@ -127,6 +129,7 @@ class _Contender:
         own = copy.deepcopy(model).to(images.device)
         own.to(memory_format=form)  # type: ignore[call-overload]  # stubs want a dtype too
         self.ours = who == OURS
+        self.written_on_ours = any(_is_ours(module) for module in own.modules())
         self.converted = len(convert(own).converted) if self.ours else 0
         self.optimizer = torch.optim.SGD(own.parameters(), lr=1e-4, momentum=0.9)
         self.model: Callable[[torch.Tensor], Any] = torch.compile(own) if compiled else own
@@ -171,10 +174,12 @@ class _Contender:
         """A contender that cannot run says why, and the others still do."""
         device = self.images.device
         try:
-            with (
-                _benchmark(),
-                torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
-            ):
+            with ExitStack() as stack:
+                stack.enter_context(_benchmark())
+                if not self.ours:  # a network that is written on our functions, too
+                    stack.enter_context(backend("torch"))
+                if device.type == "cuda":
+                    stack.enter_context(torch.cuda.device(device))
                 yield
         except Exception as error:
             self.reason = f"{type(error).__name__}: {error}"
@@ -198,9 +203,13 @@ class _Contender:
             low, *_, high = statistics.quantiles(times, n=5) if len(times) > 1 else times * 2
             timing = Timing(statistics.median(times), low, high, len(times))
         reason = self.reason
-        if self.ours and not self.converted:
+        if self.ours and not self.converted and not self.written_on_ours:
             reason = reason or "no layer was converted: these are PyTorch's kernels"
         return StepTime(self.name, timing, self.first_s, self.converted, reason)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "tritonconv"
 
 
 def _milliseconds(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
