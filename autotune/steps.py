@@ -65,7 +65,7 @@ def step_times(
 
     A network that is written on this library's functions is its own second contender; as PyTorch's,
     it runs on PyTorch's kernels. All contenders start from the same weights and see the same batch.
-    They take turns, ``steps`` steps at a time, after a few that warm them up; every step is timed on
+    They take turns, ``steps`` steps at a time, after a few that warm them up; a step is timed on
     the device. PyTorch runs with cuDNN's benchmark mode on.
 
     Args:
