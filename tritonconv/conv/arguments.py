@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -16,19 +18,24 @@ IntOrInts = int | Sequence[int]
 
 def ints(value: IntOrInts, rank: int, name: str, least: int) -> list[int]:
     """One integer per axis from one integer or a sequence of them."""
-    if isinstance(value, int):
-        values = [value] * rank
-    elif isinstance(value, (tuple, list)) and all(
-        isinstance(v, (int, torch.SymInt)) for v in value
-    ):
-        values = list(value) * (rank if len(value) == 1 else 1)
+    if isinstance(value, (tuple, list)):
+        values = [integer(v, name, rank) for v in value] * (rank if len(value) == 1 else 1)
         if len(values) != rank:
             raise bad_value(name, _integers(rank), value)
     else:
-        raise bad_type(name, _integers(rank), type(value).__name__)
+        values = [integer(value, name, rank)] * rank
     if min(values) < least:
         raise bad_value(name, f"integers >= {least}", value)
     return values
+
+
+def integer(value: Any, name: str, rank: int = 1) -> int:
+    """An integer of any library's: NumPy's too, but no float and no tensor."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]  # a symbolic integer stands for one
+    if isinstance(value, Tensor) or not hasattr(value, "__index__"):
+        raise bad_type(name, _integers(rank), type(value).__name__)
+    return operator.index(value)
 
 
 def _integers(rank: int) -> str:
@@ -138,8 +145,7 @@ def check_operands(
     if w.dim() != rank + 2:
         axes = f"{first}_channels, {second}_channels / groups, *kernel"
         raise bad_value("weight", f"{rank + 2} dimensions ({axes})", tuple(w.shape))
-    if not isinstance(groups, int):
-        raise bad_type("groups", "an integer", type(groups).__name__)
+    groups = integer(groups, "groups")
     if groups < 1 or w.shape[0] % groups:
         raise bad_value("groups", f"a positive divisor of {first}_channels = {w.shape[0]}", groups)
     channels, filters = w.shape[1] * groups, w.shape[0]

@@ -274,7 +274,7 @@ def _call_key(
     precision: str | None,
 ) -> Any:
     """What validation and dispatch of a call depend on; None where it cannot be known cheaply."""
-    if not library.plain(x) or type(w) not in library.PLAIN_TYPES:
+    if not library.plain(x) or type(w) not in library.PLAIN_TYPES or w.is_neg():
         return None
     if type(epilogue_args) not in (tuple, list):
         return None
@@ -288,12 +288,12 @@ def _call_key(
     gradients = x.requires_grad or w.requires_grad
     extra: Any = None
     if bias is not None:
-        if type(bias) not in library.PLAIN_TYPES:
+        if type(bias) not in library.PLAIN_TYPES or bias.is_neg():
             return None
         extra = (bias.shape, bias.stride(), bias.dtype, bias.device)
         gradients = gradients or bias.requires_grad
     if epilogue_args:
-        if any(type(t) not in library.PLAIN_TYPES for t in epilogue_args):
+        if any(type(t) not in library.PLAIN_TYPES or t.is_neg() for t in epilogue_args):
             return None
         extra = (extra, *[(t.shape, t.stride(), t.dtype, t.device) for t in epilogue_args])
         gradients = gradients or any(t.requires_grad for t in epilogue_args)

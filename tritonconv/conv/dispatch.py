@@ -139,6 +139,10 @@ class ConvOperator(Operator):
             outputs["acc"] = result
         return outputs
 
+    def candidates(self, problem: ConvProblem) -> tuple[Algorithm, ...]:
+        """Algorithms that serve the problem; where none does, PyTorch's in full precision."""
+        return super().candidates(problem) or (ATEN,)
+
     def default_algorithm(self, problem: ConvProblem, device: DeviceFacts) -> Algorithm:
         """The most special algorithm that serves the problem, but where PyTorch is known better.
 

@@ -39,14 +39,21 @@ def is_channels_last(x: Tensor) -> bool:
     """Whether channels are fastest in memory, gaps after a pixel's channels allowed.
 
     A slice of the channels of a channels_last tensor is one too. Where a size of one leaves the
-    layout open, the strides say which was meant.
+    layout open, the strides say which was meant; of a single element they say nothing.
     """
-    return x.dim() > 2 and x.stride(1) == 1 and x.stride(-1) >= x.shape[1]
+    return (
+        x.dim() > 2
+        and x.stride(1) == 1
+        and x.stride(-1) >= x.shape[1]
+        and (x.shape[1] > 1 or x.numel() > x.shape[0])
+    )
 
 
 def result_channels_last(x: Tensor, w: Tensor) -> bool:
     """Results keep the input's memory format; a map of one channel follows its weight too."""
-    return is_channels_last(x) or (x.shape[1] == 1 and is_channels_last(w))
+    if is_channels_last(x):
+        return True
+    return x.shape[1] == 1 and is_channels_last(w) and not w.is_contiguous()
 
 
 def empty(shape: Sequence[Any], dtype: torch.dtype, device: Any, channels_last: bool) -> Tensor:

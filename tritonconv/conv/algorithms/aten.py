@@ -51,7 +51,7 @@ class Aten(Algorithm):
         first, second, _ = slot_names(problem.direction)
         geometry = (problem.stride, pads, problem.dilation, problem.groups)
         a, b = tensors[first], tensors[second]
-        allow_tf32 = problem.precision != "ieee" if problem.dtype is torch.float32 else None
+        allow_tf32 = problem.precision == "tf32" if problem.dtype is torch.float32 else None
         with cudnn_settings(allow_tf32=allow_tf32, deterministic=not settings.atomics):
             if problem.direction is Direction.FORWARD:
                 result = pytorch.forward(a, b, None, *geometry)

@@ -23,7 +23,7 @@ from ...runtime.operators import Algorithm
 from ...runtime.plan import Arg, KernelCall, LaunchPlan, Slot, Workspace
 from ...runtime.space import Choice, ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction, dense_strides
-from .common import TileConfig, spatial_strides, unsupported_dtype, widen_all
+from .common import TileConfig, spatial_strides, unsupported_product, widen_all
 from .footprints import product_footprint
 from .implicit_gemm import PRODUCT_SOURCES, plan_of
 from .tiles import tile_space
@@ -32,7 +32,6 @@ _LEAST, _MOST = 16, 128
 """Channels of a bundle: what fills a matrix instruction, and where zeros outweigh the rest."""
 _NARROW = 32
 """Groups of so many channels fill a tile themselves."""
-_MAX_GRID_Y = 65535
 
 
 @triton.jit
@@ -153,9 +152,7 @@ class Bundled(Algorithm):
             return "one channel per group (depthwise)"
         if not bundles(problem):
             return "groups too wide, or in a number that makes no bundle"
-        if problem.groups > _MAX_GRID_Y:
-            return f"more than {_MAX_GRID_Y} groups"
-        return unsupported_dtype(problem)
+        return unsupported_product(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BundledConfig]:
         """Tiles of the bundle's product; the default bundle has 32 channels and filters."""

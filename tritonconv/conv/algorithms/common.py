@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,18 @@ def unsupported_dtype(problem: ConvProblem) -> str | None:
     if problem.dtype not in TRITON_DTYPES:
         return f"dtype {problem.dtype} (generated kernels serve float16, bfloat16, float32)"
     return None
+
+
+MAX_GRID_Y = MAX_GRID_Z = 65535
+
+
+def unsupported_product(problem: ConvProblem) -> str | None:
+    """Why an implicit product cannot serve a problem, or None: groups and phases are grid axes."""
+    if problem.groups > MAX_GRID_Y:
+        return f"more than {MAX_GRID_Y} groups"
+    if problem.direction is Direction.DGRAD and math.prod(problem.stride) > MAX_GRID_Z:
+        return f"more than {MAX_GRID_Z} phases of the stride"
+    return unsupported_dtype(problem)
 
 
 def precision_constexprs(problem: ConvProblem) -> dict[str, Any]:

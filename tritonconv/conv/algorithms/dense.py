@@ -9,7 +9,7 @@ from ...runtime.operators import Algorithm
 from ...runtime.plan import LaunchPlan
 from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem
-from .common import TileConfig, unsupported_dtype
+from .common import TileConfig, unsupported_product
 from .footprints import product_footprint
 from .implicit_gemm import PRODUCT_SOURCES, plan_of
 from .tiles import tile_space
@@ -26,7 +26,7 @@ class Dense(Algorithm):
         """Ungrouped problems in a dtype of the generated kernels."""
         if problem.groups != 1:
             return "groups != 1"
-        return unsupported_dtype(problem)
+        return unsupported_product(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """Tiles, warps and stages; splits of the sum."""

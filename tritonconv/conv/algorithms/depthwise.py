@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...runtime.device import DeviceFacts
+from ...runtime.device import DeviceFacts, nominal_device
 from ...runtime.operators import Algorithm, Config
 from ...runtime.plan import Arg, KernelCall, LaunchPlan, Slot
 from ...runtime.space import ConfigSpace, Footprint
@@ -78,7 +78,7 @@ class Depthwise(Algorithm):
             return "not one input channel per group"
         if problem.direction is Direction.DGRAD and problem.epilogue is not None:
             return "the gradient of the input takes no epilogue here"
-        return unsupported_dtype(problem)
+        return unsupported_dtype(problem) or _too_large(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseConfig]:
         """Tiles along the fastest axis of the layout, the most promising first."""
@@ -105,16 +105,33 @@ def _space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseCo
         stencil = stencil_of(problem, config)
         found = cost(stencil, _shape(problem, config), device)
         slow = max(0, compiling(stencil) - _MOST_COMPILING)
-        timed.append((found.registers > 300 or slow, found.seconds, config))
-    timed.sort(key=lambda row: row[:2])
-    kept = [config for bad, _, config in timed[:_MOST_CONFIGS] if not bad] or [timed[0][-1]]
+        bad = (found.registers > _MOST_REGISTERS) + (slow > 0)
+        timed.append(((bad, slow if bad else 0, found.seconds), config))
+    timed.sort(key=lambda row: row[0])
+    kept = [config for rank, config in timed[:_MOST_CONFIGS] if not rank[0]] or [timed[0][-1]]
     best: dict[tuple[int, int, int], DepthwiseConfig] = {}
     for config in kept:
         best.setdefault((config.tile_h, config.tile_w, config.vector), config)
     return ConfigSpace.listed([*best.values(), *kept])
 
 
+@functools.lru_cache(maxsize=1024)
+def _too_large(problem: ConvProblem) -> str | None:
+    """Why no tile of a problem can be written out; None where the best one can.
+
+    Which config is best depends on the device, but hardly how much there is to write.
+    """
+    device = nominal_device("sm_90")
+    config = _space(problem, device).default
+    stencil = stencil_of(problem, config)
+    registers = cost(stencil, _shape(problem, config), device).registers
+    if registers > _MOST_REGISTERS or compiling(stencil) > 3 * _MOST_COMPILING:
+        return "a filter or stride too large to be written out in registers"
+    return None
+
+
 _MOST_CONFIGS = 64
+_MOST_REGISTERS = 300
 _MOST_COMPILING = 220_000
 """Of :func:`compiling`: four seconds of the compiler."""
 

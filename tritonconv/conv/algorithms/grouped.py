@@ -9,12 +9,10 @@ from ...runtime.operators import Algorithm
 from ...runtime.plan import LaunchPlan
 from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem
-from .common import TileConfig, unsupported_dtype
+from .common import TileConfig, unsupported_product
 from .footprints import product_footprint
 from .implicit_gemm import PRODUCT_SOURCES, plan_of
 from .tiles import tile_space
-
-_MAX_GRID_Y = 65535
 
 
 class Grouped(Algorithm):
@@ -30,9 +28,7 @@ class Grouped(Algorithm):
             return "groups == 1"
         if problem.depthwise:
             return "one channel per group (depthwise)"
-        if problem.groups > _MAX_GRID_Y:
-            return f"more than {_MAX_GRID_Y} groups"
-        return unsupported_dtype(problem)
+        return unsupported_product(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """Tiles bounded by the size of a group."""

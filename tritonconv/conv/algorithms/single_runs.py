@@ -6,8 +6,8 @@ the run of the input that all of them read: runs start at even elements and are 
 asynchronously. The weights repeat along SPAN, each time shifted by the stride; the zeros between
 them cost arithmetic, of which there is plenty.
 
-A zero weight meets inputs of the neighbours' windows: an infinite input makes NaN of up to
-SPAN − 1 pixels beside those whose windows hold it.
+A zero weight meets inputs of the neighbours' windows and those that fill up the run: an infinite or
+NaN input makes NaN of the pixels of every span whose run holds it.
 """
 
 from __future__ import annotations

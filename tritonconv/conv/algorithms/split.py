@@ -6,6 +6,8 @@ kernel, which applies the epilogue: no atomics.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ import triton.language as tl
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from ..problem import ConvProblem, Direction
 from .common import (
+    MAX_GRID_Z,
     TileConfig,
     epilogue_arguments,
     lifted,
@@ -103,8 +106,10 @@ def _finish_kernel(
 
 
 def splits_of(problem: ConvProblem, config: TileConfig) -> int:
-    """Parts of the sum: no more than it has steps."""
-    return max(1, min(config.split_k, reduction_steps(problem, config.block_k)))
+    """Parts of the sum: no more than it has steps, or a grid has room for beside the phases."""
+    phases = math.prod(problem.stride) if problem.direction is Direction.DGRAD else 1
+    steps = reduction_steps(problem, config.block_k)
+    return max(1, min(config.split_k, steps, MAX_GRID_Z // phases))
 
 
 def finished(problem: ConvProblem, call: KernelCall, splits: int) -> LaunchPlan:
