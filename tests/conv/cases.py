@@ -29,6 +29,7 @@ PROBLEMS: dict[str, Fields] = {
     "patches with a rest": fields(N=1, C=9, M=6, H=7, W=9, K="2x3", S="2x3"),
     "groups": fields(N=1, C=8, M=6, H=5, W=7, K=3, P=1, G=2),
     "groups, stride 2": fields(N=1, C=12, M=20, H=5, W=7, K=3, S=2, P=1, G=4),
+    "narrow groups": fields(N=1, C=16, M=24, H=5, W=4, K=3, P=1, G=8),
     "depthwise": fields(N=2, C=6, M=6, H=5, W=7, K=3, P=1, G=6),
     "depthwise, multiplier, stride 2": fields(N=1, C=5, M=10, H=7, W=6, K="3x2", S=2, P=1, G=5),
     "depthwise, dilation": fields(N=1, C=3, M=3, H=9, W=8, K=3, P=2, dilation=2, G=3),
@@ -60,6 +61,7 @@ KINDS = (
     "1x1",
     "patches",
     "groups",
+    "narrow groups",
     "depthwise, multiplier, stride 2",
     "an axis each",
 )

@@ -109,8 +109,9 @@ def test_a_map_of_depth_one_is_a_map_of_two_axes(device: torch.device) -> None:
 def test_padding_on_one_side(device: torch.device) -> None:
     x, w = torch.randn(1, 9, 3, 4, 3, device=device), torch.randn(4, 9, 2, 2, 3, device=device)
     y = CONV(x, w, [1] * 3, [1, 0, 0, 1, 2, 0], [1] * 3, 1, "ieee")
-    expected = F.conv3d(F.pad(x, (2, 0, 0, 1, 1, 0)), w)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    # In float64: a GPU's float32 is TF32 where PyTorch's switch says so.
+    expected = F.conv3d(F.pad(x.double(), (2, 0, 0, 1, 1, 0)), w.double())
+    torch.testing.assert_close(y, expected.float(), rtol=1e-4, atol=1e-4)
 
 
 few = settings(max_examples=8, deadline=None, derandomize=True, database=None)

@@ -29,7 +29,7 @@ from .common import (
     widen,
     widen_all,
 )
-from .tiles import reduction_steps
+from .tiles import reduction_steps, splittable
 
 
 @triton.jit
@@ -107,6 +107,8 @@ def _finish_kernel(
 
 def splits_of(problem: ConvProblem, config: TileConfig) -> int:
     """Parts of the sum: no more than it has steps, or a grid has room for beside the phases."""
+    if not splittable(problem):
+        return 1
     phases = math.prod(problem.stride) if problem.direction is Direction.DGRAD else 1
     steps = reduction_steps(problem, config.block_k)
     return max(1, min(config.split_k, steps, MAX_GRID_Z // phases))
