@@ -90,21 +90,10 @@ def reduction_steps(problem: ConvProblem, block_k: int) -> int:
 _MOST_SPLITS = 16
 
 
-def splittable(problem: ConvProblem) -> bool:
-    """Whether the sum of a product over pixels may be split.
-
-    Compiled by Triton 3.6, split input gradients on three axes left some parts unwritten on an
-    H100; in the interpreter they are right, and the reason is not known.
-    """
-    return problem.direction is not Direction.DGRAD or len(problem.kernel) < 3
-
-
 def product_split(
     problem: ConvProblem, block_m: int, block_n: int, block_k: int, sm_count: int
 ) -> int:
     """Parts of the sum that fill the GPU, one where its tiles nearly do so."""
-    if not splittable(problem):
-        return 1
     rows, columns, _ = product_shape(problem)
     phases = math.prod(problem.stride) if problem.direction is Direction.DGRAD else 1
     tiles = phases * _tiles(problem, rows, columns, block_m, block_n)
