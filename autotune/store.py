@@ -74,7 +74,13 @@ def merge(new: Entry, old: Entry | None, current: Mapping[str, str] | None = Non
     kept.sort(key=lambda trial: trial_key(trial) != first)
     if not kept or trial_key(kept[0]) != first:
         return new  # without its default it would say nothing about what tuning is worth
-    merged = elect(replace(new, trials=tuple(kept), sources=sources))
+    recorded = dict(new.recorded)
+    if older:
+        # What was finished of ``new`` are the algorithms that it has lost.
+        recorded.pop("completed", None)
+        spaces = recorded.get("spaces", {})
+        recorded["spaces"] = {name: spaces[name] for name in spaces if name not in older}
+    merged = elect(replace(new, trials=tuple(kept), sources=sources, recorded=recorded))
     return merged if merged is not None else new
 
 

@@ -121,6 +121,20 @@ def test_merging_with_a_table_from_elsewhere_prefers_todays_source_of_every_algo
         assert merged.best.algorithm == "aten" and merged.default == here.default
 
 
+def test_what_takes_trials_of_an_unfinished_run_is_unfinished() -> None:
+    today = {"fine": "source-2", "aten": "source-1"}
+    done = {"completed": {"seed": 0}, "spaces": {"fine": "a", "aten": "b"}}
+    here = entry_of(trial(0, 9.0), trial(2, 7.0), changed={"fine": "source-2"})
+    there = entry_of(trial(0, 10.0), trial(0, 6.0, algorithm="aten"))
+    there = replace(there, recorded={**there.recorded, **done})
+    merged = merge(there, here, today)
+    assert merged.sources["fine"] == "source-2"
+    assert "completed" not in merged.recorded
+    assert merged.recorded["spaces"] == {"aten": "b"}
+    # Where all that it was finished with is kept, it stays so.
+    assert merge(there, here, {**today, "fine": "source-1"}).recorded == there.recorded
+
+
 def test_an_entry_from_elsewhere_is_adopted_where_it_is_faster(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.adopt(ENV, winner(1, 5.0)) is not None
