@@ -444,11 +444,7 @@ class Session:
     def _withdraw(self) -> None:
         """Drop the stored entry if its winner has just been shown to be wrong."""
         wrong = {key for key, trial in self.trials.items() if trial.status == Status.NUMERIC}
-        draft = self._draft(())
-        stored = self.store.load(self.env, draft.operator, draft.problem, draft.policy)
-        if stored is not None and trial_key(stored.best) in wrong:
-            path = self.store.path(self.env, draft.operator, draft.key())
-            path.unlink(missing_ok=True)
+        self.store.withdraw(self.env, self._draft(()), lambda best: trial_key(best) in wrong)
 
     def _ordered(self) -> tuple[Trial, ...]:
         """Trials in the fixed order of the space, the default first."""

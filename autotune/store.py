@@ -8,7 +8,7 @@ dies, so that two processes that tune the same problem keep each other's timings
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -164,6 +164,16 @@ class Store:
             merged = merge(entry, present, current_sources(entry.operator))
             self._write(path, merged)
         return Stored(merged, path)
+
+    def withdraw(
+        self, environment: Environment, entry: Entry, is_wrong: Callable[[Trial], bool]
+    ) -> None:
+        """Delete the stored entry of the same key if its winner is wrong."""
+        path = self._prepare(environment, entry)
+        with locked(path.parent):
+            stored = read_located(path)
+            if stored is not None and is_wrong(stored.best):
+                path.unlink(missing_ok=True)
 
     def _partial(self, environment: Environment, entry: Entry) -> Path:
         path = self.path(environment, entry.operator, entry.key())

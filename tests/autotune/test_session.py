@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
@@ -18,7 +21,8 @@ from tritonconv.autotune.space import Candidate
 from tritonconv.autotune.store import Store
 from tritonconv.autotune.tune import tune
 from tritonconv.runtime.entries import Resources
-from tritonconv.runtime.tables import Tier, tuned_table
+from tritonconv.runtime.files import locked, replace_text
+from tritonconv.runtime.tables import Tier, Trial, environment, tuned_table
 
 PROBLEM = ScaleProblem(1000)
 
@@ -133,10 +137,36 @@ def test_a_winner_that_turns_out_wrong_is_withdrawn(cache: Path) -> None:
     (report,) = tune(Scale(Fine()), [PROBLEM], lab=PlaybackLab())
     assert report.result is Result.TUNED
     operator = Scale(FourTimes())
+    table = tuned_table(PlaybackLab().facts)
+    assert table.lookup(operator, PROBLEM).tier is Tier.EXACT
     (report,) = tune(operator, [PROBLEM], lab=PlaybackLab(), options=Options(force=True))
     assert report.result is Result.FAILED
-    choice = tuned_table(PlaybackLab().facts).lookup(operator, PROBLEM)
-    assert choice.tier is Tier.DEFAULT
+    assert table.lookup(operator, PROBLEM).tier is Tier.DEFAULT
+
+
+def test_a_better_entry_written_meanwhile_is_not_withdrawn(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process replaces the wrong winner while this one is about to delete it."""
+    (report,) = tune(Scale(Fine()), [PROBLEM], lab=PlaybackLab())
+    assert report.entry is not None and report.path is not None
+    store, wrong = Store(), report.entry.best
+    good = replace(report.entry, best=replace(wrong, config={"variant": 3}))
+
+    def writes() -> None:
+        with locked(report.path.parent):
+            replace_text(report.path, json.dumps(good.to_json()))
+
+    other = Thread(target=writes)
+
+    def is_wrong(best: Trial) -> bool:
+        other.start()
+        other.join(0.2)  # it waits for its turn
+        return best == wrong
+
+    store.withdraw(environment(PlaybackLab().facts), report.entry, is_wrong)
+    other.join()
+    assert [stored.entry for stored in store.entries()] == [good]
 
 
 def test_checking_all_checks_what_only_finalists_had(cache: Path) -> None:
