@@ -214,6 +214,8 @@ def test_values_that_are_no_entry_are_a_miss_and_one_warning(cache: Path) -> Non
         {"best": {**good["best"], "config": {"variant": "rm -rf"}}},
         {"problem": {"size": [1]}},
         {"trials": [{**good["best"], "resources": {"registers": "many"}}]},
+        {"tied": [float("inf")]},
+        {"best": {**good["best"], "count": float("inf")}},
     ):
         stored.path.write_text(json.dumps({**good, **change}))
         _is_a_miss_with_warnings(1, "cannot be read and is ignored")
@@ -240,6 +242,26 @@ def test_a_bad_bundle_is_a_miss_and_one_warning(cache: Path, tmp_path: Path) -> 
         with pytest.warns(UserWarning, match="bundle (torn|foreign).json cannot be read") as caught:
             assert found(64)[0] == "default"
         assert len(caught) == 2
+
+
+@pytest.mark.parametrize("place", ["entry", "environment"])
+def test_a_bundle_with_infinite_values_is_a_miss_and_one_warning(
+    cache: Path, tmp_path: Path, place: str
+) -> None:
+    store = Store(tmp_path / "made")
+    store.save(ENV, winner(1))
+    write(export(store, ENV), path := tmp_path / "bundle.json")
+    value = json.loads(path.read_text())
+    if place == "entry":
+        value["entries"][0]["best"] = float("inf")
+    else:
+        value["environment"]["device"]["sm_count"] = float("inf")
+    path.write_text(json.dumps(value))
+    entries.warn_once.cache_clear()
+    with settings.override(cache_path=(path,)):
+        with pytest.warns(UserWarning, match=r"bundle bundle.json .*ignored") as caught:
+            assert found(64)[0] == "default"
+        assert len(caught) == 1
 
 
 def test_a_repeated_choice_is_one_dictionary_lookup(
