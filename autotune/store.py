@@ -49,7 +49,8 @@ def merge(new: Entry, old: Entry | None, current: Mapping[str, str] | None = Non
     """Add to ``new`` the trials that only ``old`` has and that still hold, and choose again.
 
     Entries of another problem or policy are not merged. The trials of one algorithm are all of one
-    source: that of ``new``, unless only that of ``old`` is current.
+    source: that of ``new``, unless only that of ``old`` is current. What only ``old`` has cannot
+    win unless both searched the same space: ``new`` did not run it, and its time is of another day.
 
     Args:
         new, old: the entries.
@@ -66,10 +67,12 @@ def merge(new: Entry, old: Entry | None, current: Mapping[str, str] | None = Non
     sources = {**new.sources, **older}
     kept = [trial for trial in new.trials if trial.algorithm not in older]
     known = {trial_key(trial) for trial in kept}
+    same_space = bool(new.space_hash) and new.space_hash == old.space_hash
     for trial in old.trials:
         source = old.sources.get(trial.algorithm)
         if trial_key(trial) not in known and source == sources.get(trial.algorithm, ""):
-            kept.append(trial)
+            demoted = trial.status == Status.OK and not same_space
+            kept.append(replace(trial, status=Status.TIMED) if demoted else trial)
     first = trial_key(new.default)
     kept.sort(key=lambda trial: trial_key(trial) != first)
     if not kept or trial_key(kept[0]) != first:

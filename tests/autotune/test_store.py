@@ -135,6 +135,16 @@ def test_what_takes_trials_of_an_unfinished_run_is_unfinished() -> None:
     assert merge(there, here, {**today, "fine": "source-1"}).recorded == there.recorded
 
 
+@pytest.mark.parametrize(("space", "won"), [("space-1", 1), ("space-2", 2), ("", 2)])
+def test_what_is_no_candidate_any_more_does_not_win(space: str, won: int) -> None:
+    new = entry_of(trial(0, 10.0), trial(2, 7.0), space_hash=space)
+    merged = merge(new, entry_of(trial(0, 10.0), trial(1, 5.0)))
+    assert {t.config["variant"]: t.status for t in merged.trials}[1] == (
+        "ok" if won == 1 else "timed"
+    )
+    assert merged.best.config == {"variant": won}
+
+
 def test_an_entry_from_elsewhere_is_adopted_where_it_is_faster(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.adopt(ENV, winner(1, 5.0)) is not None
