@@ -124,6 +124,37 @@ def test_more_time_tries_again_what_ran_out_of_it(cache: Path) -> None:
     assert (report.result, report.measured, report.failures()) == (Result.TUNED, 1, {})
 
 
+OUT_OF_MEMORY = Failure(Status.LAUNCH, "out of GPU memory: 1 GiB")
+OUT_OF_TIME = Failure(Status.RUN_TIMEOUT, "ran longer than 1 s")
+
+
+@pytest.mark.parametrize("changed", [{}, {"aten": "source-2"}], ids=["nothing", "another"])
+@pytest.mark.parametrize("failure", [OUT_OF_MEMORY, OUT_OF_TIME], ids=["memory", "time"])
+def test_what_may_pass_by_now_is_tried_again_although_all_was_done(
+    cache: Path, failure: Failure, changed: dict[str, str]
+) -> None:
+    lab = PlaybackLab(table_of({("fine", 2): failure}))
+    lab.run_timeout = 1.0  # type: ignore[attr-defined]
+    (report,) = tune(Scale(Fine(), Aten()), [PROBLEM], lab=lab)
+    assert report.complete and report.failures() == {failure.status: 1}
+    lab = PlaybackLab(table_of({("fine", 2): 1.0}))
+    lab.run_timeout = 100.0  # type: ignore[attr-defined]
+    operator = Scale(Fine(), Aten(), changed=changed)
+    (report,) = tune(operator, [PROBLEM], lab=lab)
+    assert (report.result, report.measured) == (Result.TUNED, 1 + len(changed))
+    assert report.entry is not None and report.entry.best.config == {"variant": 2}
+    (report,) = tune(operator, [PROBLEM], lab=lab)
+    assert report.result is Result.KEPT
+
+
+def test_what_runs_out_of_the_same_time_is_not_tried_again(cache: Path) -> None:
+    lab = PlaybackLab(table_of({("fine", 2): OUT_OF_TIME}))
+    lab.run_timeout = 1.0  # type: ignore[attr-defined]
+    for result in (Result.TUNED, Result.KEPT):
+        (report,) = tune(Scale(Fine(), Aten()), [PROBLEM], lab=lab)
+        assert report.result is result
+
+
 class FourTimes(Fine):
     """What ``fine`` was, now wrong."""
 
