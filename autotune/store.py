@@ -73,10 +73,13 @@ def merge(new: Entry, old: Entry | None, current: Mapping[str, str] | None = Non
         if trial_key(trial) not in known and source == sources.get(trial.algorithm, ""):
             demoted = trial.status == Status.OK and not same_space
             kept.append(replace(trial, status=Status.TIMED) if demoted else trial)
-    first = trial_key(new.default)
-    kept.sort(key=lambda trial: trial_key(trial) != first)
-    if not kept or trial_key(kept[0]) != first:
+    # With today's source of an algorithm comes the default that it has today.
+    keys = {trial_key(trial) for trial in kept}
+    defaults = [trial_key(entry.default) for entry in (new, old)]
+    first = next((key for key in defaults if key in keys), None)
+    if first is None:
         return new  # without its default it would say nothing about what tuning is worth
+    kept.sort(key=lambda trial: trial_key(trial) != first)
     recorded = dict(new.recorded)
     if older:
         # What was finished of ``new`` are the algorithms that it has lost.

@@ -145,6 +145,21 @@ def test_what_is_no_candidate_any_more_does_not_win(space: str, won: int) -> Non
     assert merged.best.config == {"variant": won}
 
 
+def test_an_import_keeps_todays_timings_where_the_default_has_moved() -> None:
+    today = {"fine": "source-2", "aten": "source-1"}
+    here = entry_of(
+        trial(1, 9.0), trial(2, 8.0), trial(0, 12.0, algorithm="aten"), changed={"fine": "source-2"}
+    )
+    there = entry_of(trial(9, 10.0), trial(1, 5.5), trial(0, 5.0, algorithm="aten"))
+    merged = merge(there, here, today)
+    assert {name: merged.sources[name] for name in today} == today
+    assert [(t.algorithm, t.config["variant"]) for t in merged.trials] == [
+        ("fine", 1), ("aten", 0), ("fine", 2),
+    ]  # fmt: skip
+    assert merged.default == here.default and merged.best.algorithm == "aten"
+    assert merged.best.timing is not None and merged.best.timing.p50 == 5.0
+
+
 def test_an_entry_from_elsewhere_is_adopted_where_it_is_faster(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.adopt(ENV, winner(1, 5.0)) is not None
