@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import timeit
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -18,7 +21,7 @@ from hypothesis import settings as examples
 from tritonconv.autotune import bundle
 from tritonconv.autotune.bundle import export, write
 from tritonconv.autotune.store import Store
-from tritonconv.runtime import entries, missed, tables
+from tritonconv.runtime import entries, missed, sources, tables
 from tritonconv.runtime.freshness import changes
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import NotTunedError, Tier, tuned_table
@@ -262,6 +265,62 @@ def test_a_bundle_with_infinite_values_is_a_miss_and_one_warning(
         with pytest.warns(UserWarning, match=r"bundle bundle.json .*ignored") as caught:
             assert found(64)[0] == "default"
         assert len(caught) == 1
+
+
+@pytest.mark.parametrize("step", ["listing", "entry", "environments"])
+def test_a_lookup_under_way_in_another_thread_hides_no_new_entry(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """It has read the files of before when they change, and goes on after the change is told."""
+    env = SISTER if step == "environments" else ENV
+    for other in (ENV, OLDER):
+        Store().save(other, winner(3, size=9, env=other, dtype="bfloat16"))
+    has_read, changed = threading.Event(), threading.Event()
+
+    def paused(real: Callable[..., Any]) -> Callable[..., Any]:
+        def read(*args: Any) -> Any:
+            result = list(real(*args))
+            if threading.current_thread().name == "reader" and not has_read.is_set():
+                has_read.set()
+                assert changed.wait(10)
+            return result
+
+        return read
+
+    owner, name = {
+        "listing": (sources.os, "listdir"),
+        "entry": (tables.TunedTable, "effective"),
+        "environments": (sources.DirectorySource, "environments"),
+    }[step]
+    monkeypatch.setattr(owner, name, paused(getattr(owner, name)))
+    reader = threading.Thread(target=lambda: found(64), name="reader")
+    reader.start()
+    assert has_read.wait(10)
+    Store().save(env, winner(1, size=97 if step == "entry" else 64, env=env))
+    tables.invalidate(OPERATOR.name)
+    changed.set()
+    reader.join()
+    tier = {"listing": "exact", "entry": "nearest", "environments": "family"}[step]
+    assert found(64) == (tier, 1)
+
+
+def test_a_bundle_that_another_thread_is_reading_is_waited_for_or_read_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "made")
+    store.save(ENV, winner(1))
+    write(export(store, ENV), path := tmp_path / "bundle.json")
+    source = sources.BundleSource("shared", path)
+    real, seen = sources.read_bundle, []
+
+    def read(path: Path) -> tables.Bundle | None:
+        if not seen:
+            seen.append(None)
+            seen[0] = list(source.entries(ENV, "fake.scale"))
+        return real(path)
+
+    monkeypatch.setattr(sources, "read_bundle", read)
+    assert list(source.entries(ENV, "fake.scale")) == seen[0] != []
 
 
 def test_a_repeated_choice_is_one_dictionary_lookup(

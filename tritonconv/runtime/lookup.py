@@ -122,7 +122,7 @@ class TunedTable:
         self._tables: dict[tuple[str, Operator], _OperatorTable] = {}
         self._hashes: dict[Operator, Mapping[str, str]] = {}
         self._found: dict[tuple[Operator, Problem], Found] = {}
-        self._family: tuple[Environment, ...] | None = None
+        self._families: list[tuple[Environment, ...]] = []
 
     def entries(self, operator: str) -> Iterator[Located]:
         """Readable entries of an operator in this environment, best source first."""
@@ -143,13 +143,16 @@ class TunedTable:
         """Read the files of an operator, or of all, again at the next lookup (after tuning)."""
         for source in self.sources:
             source.forget(operator)
-        self._family = None
+        # New memories: a lookup still under way in another thread fills those that it began with.
+        self._families = []
         if operator is None:
             self._tables, self._hashes, self._found = {}, {}, {}
         else:
-            self._tables = {key: t for key, t in self._tables.items() if key[1].name != operator}
-            self._hashes = {o: text for o, text in self._hashes.items() if o.name != operator}
-            self._found = {key: f for key, f in self._found.items() if key[0].name != operator}
+            tables, hashes = list(self._tables.items()), list(self._hashes.items())
+            self._tables = {key: t for key, t in tables if key[1].name != operator}
+            self._hashes = {o: text for o, text in hashes if o.name != operator}
+            found = list(self._found.items())
+            self._found = {key: f for key, f in found if key[0].name != operator}
 
     def lookup(self, operator: Operator, problem: Problem) -> Choice:
         """What to run for a problem: exact, bucket, nearest, family, default."""
@@ -187,13 +190,15 @@ class TunedTable:
             yield from ((Tier.FAMILY, row) for _, row in ranked[:_NEAREST])
 
     def _source_hashes(self, operator: Operator) -> Mapping[str, str]:
-        known = self._hashes.get(operator)
+        memory = self._hashes
+        known = memory.get(operator)
         if known is None:
-            known = self._hashes[operator] = operator.source_hashes()
+            known = memory[operator] = operator.source_hashes()
         return known
 
     def _table(self, operator: Operator, env: Environment) -> _OperatorTable:
-        table = self._tables.get((env.hash, operator))
+        memory = self._tables
+        table = memory.get((env.hash, operator))
         if table is None:
             table = _OperatorTable()
             for located in self.effective(operator, env):
@@ -201,7 +206,7 @@ class TunedTable:
                 # Lookups need winners; trials of a whole table would be much memory.
                 slim = replace(located, entry=replace(located.entry, trials=(), tied=()))
                 table.groups.setdefault(place.group, []).append((place, slim))
-            self._tables[env.hash, operator] = table
+            memory[env.hash, operator] = table
         return table
 
     def effective(self, operator: Operator, env: Environment) -> Iterator[Located]:
@@ -221,7 +226,8 @@ class TunedTable:
 
     def family(self) -> tuple[Environment, ...]:
         """Other environments of the same architecture that have entries, the most alike first."""
-        if self._family is None:
+        memory = self._families
+        if not memory:
             own = self.environment
             others = {
                 env.hash: env
@@ -229,19 +235,21 @@ class TunedTable:
                 for env in source.environments()
                 if env.device.arch == own.device.arch and env.hash != own.hash
             }
-            self._family = tuple(
-                sorted(
-                    others.values(),
-                    key=lambda env: (
-                        env.device.name != own.device.name,
-                        env.triton != own.triton,
-                        env.torch != own.torch,
-                        env.ptxas != own.ptxas,
-                        env.hash,
-                    ),
+            memory.append(
+                tuple(
+                    sorted(
+                        others.values(),
+                        key=lambda env: (
+                            env.device.name != own.device.name,
+                            env.triton != own.triton,
+                            env.torch != own.torch,
+                            env.ptxas != own.ptxas,
+                            env.hash,
+                        ),
+                    )
                 )
             )
-        return self._family
+        return memory[0]
 
     def answers(self, operator: Operator) -> list[Any]:
         """What lookups of an operator depend on, as a JSON value."""
