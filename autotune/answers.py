@@ -26,7 +26,7 @@ def known_operators() -> list[Operator]:
 
 
 def answers(operators: Sequence[Operator], device: DeviceFacts) -> dict[str, str]:
-    """The winner of every tuned problem, by the problem in words.
+    """The winner of every tuned problem, or that it is stale, by the problem in words.
 
     Operators of one name are told apart by their source.
     """
@@ -35,9 +35,11 @@ def answers(operators: Sequence[Operator], device: DeviceFacts) -> dict[str, str
     found: dict[str, str] = {}
     for operator in operators:
         source = f" (source {operator.source_hash()})" if names[operator.name] > 1 else ""
-        for located in table.effective(operator, table.environment):
+        for located, serving in table.known(operator, table.environment):
             best = located.entry.best
-            found[in_words(located.entry) + source] = describe(best.algorithm, best.config)
+            # Of stale ones only the problems matter: near them nothing farther serves.
+            answer = describe(best.algorithm, best.config) if serving else "stale"
+            found[in_words(located.entry) + source] = answer
     return found
 
 

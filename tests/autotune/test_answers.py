@@ -48,7 +48,7 @@ def test_kernels_of_one_name_are_all_compared_in_whatever_order(
         assert len(known) == 2
     assert told[0] == told[1] == told[2]
     assert sorted(told[0][0].values()) == [
-        "fine(variant=1)", "fine(variant=2)", "fine(variant=3)",
+        "fine(variant=1)", "fine(variant=2)", "fine(variant=3)", "stale",
     ]  # fmt: skip
     assert told[0][2]["source of fake.scale fine"] == "source-1, source-2"
     assert sources([first])["source of fake.scale fine"] == "source-1"

@@ -155,11 +155,38 @@ def test_a_stale_entry_of_the_user_lets_a_shared_one_serve(cache: Path, tmp_path
         assert found(63) == ("bucket", 2)
 
 
+def test_a_farther_entry_does_not_serve_where_a_nearer_one_is_stale(cache: Path) -> None:
+    """What survives a change of kernels is what others won: no sample of what is best."""
+    aten = trial(0, 5.0, algorithm="aten")
+    for size in (1000, 2000, 4000):
+        Store().save(ENV, winner(2, size=size))
+    Store().save(ENV, entry_of(trial(0, 10.0), aten, size=100_000))
+    Store().save(SISTER, entry_of(trial(0, 10.0), aten, size=1_000_000, env=SISTER))
+    Store().save(SISTER, entry_of(trial(0, 10.0), aten, size=2000, env=SISTER))
+    changed = Scale(changed={"fine": "source-2"})
+    tiers = {size: found(size, operator=changed)[0] for size in (1000, 1010, 1200, 4100)}
+    assert tiers == dict.fromkeys(tiers, "default")
+    # One that is no farther serves, here or on a sister device.
+    assert found(2000, operator=changed) == ("family", 0)
+    assert {size: found(size, operator=changed) for size in (99_999, 200_000)} == {
+        99_999: ("bucket", 0),
+        200_000: ("nearest", 0),
+    }
+    stale = tuned_table(DEVICE).find(changed, ScaleProblem(1200)).stale
+    assert stale is not None and stale.entry.problem["size"] == 1000
+    assert found(1200) == ("nearest", 2)
+    # What is tuned again serves again, its neighbours too.
+    Store().save(ENV, winner(3, size=1000, source="source-2", changed={"fine": "source-2"}))
+    tables.invalidate()
+    assert found(1200, operator=changed) == ("nearest", 3)
+
+
 def test_a_winner_that_cannot_serve_is_passed_over(cache: Path) -> None:
     Store().save(ENV, entry_of(trial(0, 10.0), trial(0, 5.0, algorithm="picky")))
     Store().save(ENV, winner(2, size=63))
     assert found(64, operator=Scale(Fine(), Picky())) == ("bucket", 2)
-    assert found(64, operator=Scale(Fine())) == ("bucket", 2)  # there is no picky any more
+    # There is no picky any more: the problem is tuned anew before a neighbour serves it.
+    assert found(64, operator=Scale(Fine())) == ("default", 0)
     odd = replace(trial(1, 5.0), config={"length": 1})
     Store().save(ENV, entry_of(trial(0, 10.0), odd), replace_old=True)
     entries.warn_once.cache_clear()
@@ -289,7 +316,7 @@ def test_a_lookup_under_way_in_another_thread_hides_no_new_entry(
 
     owner, name = {
         "listing": (sources.os, "listdir"),
-        "entry": (tables.TunedTable, "effective"),
+        "entry": (tables.TunedTable, "known"),
         "environments": (sources.DirectorySource, "environments"),
     }[step]
     monkeypatch.setattr(owner, name, paused(getattr(owner, name)))
@@ -430,12 +457,13 @@ class TestFingerprint:
             (base, (ENV, winner(1, size=65))),
             (base, (SISTER, winner(1, env=SISTER))),
             (base, (OLDER, winner(1, env=OLDER))),
+            (base, (ENV, winner(1, size=65, source="source-0"))),  # what is near it is untuned
         ]
         seen = {self.of(tmp_path / str(index), *rows) for index, rows in enumerate(variants)}
         assert len(seen) == len(variants)
         assert self.of(tmp_path / "1") != tables.fingerprint(["fake.scale"], SISTER.device)
-        # What no lookup takes changes nothing: another architecture, stale entries.
-        stale = winner(2, source="source-0", created="2027")
+        # What no lookup takes changes nothing: another architecture, stale ones where one serves.
+        stale = winner(2, source="source-0", created="2027", policy="eager")
         rows = (base, (AMPERE, winner(1, env=AMPERE)), (ENV, stale))
         assert self.of(tmp_path / "same", *rows) in seen
 
