@@ -90,6 +90,14 @@ def merge(new: Entry, old: Entry | None, current: Mapping[str, str] | None = Non
     return merged if merged is not None else new
 
 
+def _joined(new: Entry, old: Entry) -> Entry:
+    """``new`` with the trials that only ``old`` has, of algorithms whose source is the same."""
+    known = {trial_key(trial) for trial in new.trials}
+    same = {name for name, source in old.sources.items() if new.sources.get(name) == source}
+    others = [t for t in old.trials if t.algorithm in same and trial_key(t) not in known]
+    return replace(new, trials=(*new.trials, *others))
+
+
 @dataclass(frozen=True)
 class Stored:
     """An entry and the file that holds it."""
@@ -186,11 +194,16 @@ class Store:
         return path.parent / "partial" / path.name
 
     def save_partial(self, environment: Environment, entry: Entry) -> None:
-        """Keep trials that have no winner yet, where no lookup finds them."""
+        """Keep trials that have no winner yet, where no lookup finds them.
+
+        Those that another process has kept meanwhile stay, where they are of the same source.
+        """
         path = self._partial(environment, entry)
         self._prepare(environment, entry)
         make_folder(path.parent)
-        self._write(path, entry)
+        with locked(path.parent):
+            kept = self.load_partial(environment, entry)
+            self._write(path, entry if kept is None else _joined(entry, kept))
 
     def load_partial(self, environment: Environment, entry: Entry) -> Entry | None:
         """What :meth:`save_partial` kept for an entry of the same key."""

@@ -89,6 +89,21 @@ def test_where_it_is_allowed_the_newest_of_another_variant_gives_its_timings(
     assert own is not None and own.best.config == {"variant": 3}
 
 
+def test_unfinished_trials_of_two_processes_are_joined(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    aten = trial(0, 4.0, algorithm="aten")
+    first = entry_of(trial(0, 10.0), trial(1, 5.0), aten, changed={"aten": "source-0"})
+    store.save_partial(ENV, first)
+    store.save_partial(ENV, entry_of(trial(0, 11.0), trial(2, 7.0)))
+    kept = store.load_partial(ENV, first)
+    assert kept is not None and kept.sources["aten"] == "source-1"
+    assert [(t.config["variant"], t.timing.p50) for t in kept.trials if t.timing] == [
+        (0, 11.0), (2, 7.0), (1, 5.0),
+    ]  # fmt: skip
+    store.drop_partial(ENV, first)
+    assert store.load_partial(ENV, first) is None
+
+
 def test_merging_keeps_the_trials_of_algorithms_that_have_not_changed() -> None:
     old = entry_of(trial(0, 10.0), trial(1, 5.0), trial(0, 4.0, algorithm="aten"))
     new = entry_of(trial(0, 9.0), trial(2, 7.0), changed={"fine": "source-2"})

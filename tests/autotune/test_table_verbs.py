@@ -16,6 +16,7 @@ from autotune_fakes import PlaybackLab, Scale
 from typer.testing import CliRunner
 
 from tritonconv.autotune.bundle import Bundle, write
+from tritonconv.autotune.clean import find, remove
 from tritonconv.autotune.cli import app
 from tritonconv.autotune.store import Store
 from tritonconv.runtime import tables
@@ -264,6 +265,19 @@ def test_clean_shows_before_it_deletes(cache: Path, scale: Scale) -> None:
     old = store.save(ENV, winner(1, size=5, created="2000-01-01T00:00:00+00:00")).path
     value = as_json(cache, "clean", "--older-than", "1000w", "--stale", "--yes")
     assert [(row["why"], row["path"]) for row in value["files"]] == [("old", str(old))]
+
+
+def test_what_replaced_an_unreadable_file_meanwhile_is_not_deleted(cache: Path) -> None:
+    store = Store(cache / "tuned")
+    path = store.save(ENV, winner(1)).path
+    good = path.read_text()
+    path.write_text("{")
+    found = find(store)
+    assert [row.why for row in found] == ["unreadable"]
+    path.write_text(good)
+    assert remove(found) == [] and path.read_text() == good
+    path.write_text("{")
+    assert remove(found) == found and not path.exists()
 
 
 @pytest.mark.parametrize(
