@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from tritonconv.runtime.device import DeviceFacts
 from tritonconv.runtime.operators import Operator, get_operator, operator_names
@@ -14,23 +15,41 @@ from .space import describe
 
 
 def known_operators() -> list[Operator]:
-    """Registered operators and the decorated kernels of this process, by name."""
-    found = {name: get_operator(name) for name in operator_names()}
+    """Registered operators and the decorated kernels of this process, by name and source."""
+    found = list(map(get_operator, operator_names()))
     tuning = sys.modules.get(f"{__package__}.foreign_tuning")
     if tuning is not None:
-        found |= {operator.name: operator for operator in tuning.decorated_operators()}
-    return [found[name] for name in sorted(found)]
+        found += tuning.decorated_operators()
+    # Kernels of one name are as many as have a source of their own, in whatever order called.
+    distinct = {(operator.name, operator.source_hash()): operator for operator in found}
+    return [distinct[key] for key in sorted(distinct)]
 
 
 def answers(operators: Sequence[Operator], device: DeviceFacts) -> dict[str, str]:
-    """The winner of every tuned problem, by the problem in words."""
+    """The winner of every tuned problem, or that it is stale, by the problem in words.
+
+    Operators of one name are told apart by their source.
+    """
     table = tuned_table(device)
+    names = Counter(operator.name for operator in operators)
     found: dict[str, str] = {}
     for operator in operators:
-        for located in table.effective(operator, table.environment):
+        source = f" (source {operator.source_hash()})" if names[operator.name] > 1 else ""
+        for located, serving in table.known(operator, table.environment):
             best = located.entry.best
-            found[in_words(located.entry)] = describe(best.algorithm, best.config)
+            # Of stale ones only the problems matter: near them nothing farther serves.
+            answer = describe(best.algorithm, best.config) if serving else "stale"
+            found[in_words(located.entry) + source] = answer
     return found
+
+
+def sources(operators: Iterable[Operator]) -> dict[str, str]:
+    """The source of every algorithm, by its operator and name; of namesakes all, sorted."""
+    found: dict[str, set[str]] = {}
+    for operator in operators:
+        for name, source in operator.source_hashes().items():
+            found.setdefault(f"source of {operator.name} {name}", set()).add(source)
+    return {name: ", ".join(sorted(each)) for name, each in found.items()}
 
 
 def in_words(entry: Entry) -> str:

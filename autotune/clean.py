@@ -98,8 +98,8 @@ def remove(found: list[Removable]) -> list[Removable]:
     gone = []
     for row in found:
         with locked(row.path.parent):
-            if row.entry is not None and read_located(row.path) != row.entry:
-                continue
+            if row.why is not Why.ABANDONED and read_located(row.path) != row.entry:
+                continue  # of an unreadable file the entry is None
             with contextlib.suppress(FileNotFoundError):
                 row.path.unlink()
                 gone.append(row)

@@ -25,7 +25,7 @@ from tritonconv.runtime.operators import Operator, Problem
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import Entry, Environment, digest, environment
 
-from .answers import answers, differences, in_words, known_operators
+from .answers import answers, differences, in_words, known_operators, sources
 from .laboratory import Setup, laboratory
 from .measure import Lab
 from .session import Compiler
@@ -340,11 +340,7 @@ def _assert_same(ranks: Ranks, operators: Sequence[Operator], facts: DeviceFacts
         "environment": json.dumps(env.as_dict(), sort_keys=True),
         "settings.autotune": settings.autotune,
         "settings.deterministic": str(settings.deterministic),
-        **{
-            f"source of {op.name} {name}": source
-            for op in operators
-            for name, source in op.source_hashes().items()
-        },
+        **sources(operators),
     }
     mark = digest([state, tables.fingerprint(operators, facts)])
     if len(set(ranks.gather(mark))) > 1:

@@ -97,6 +97,7 @@ class Session:
     _fresh: int = field(init=False, default=0)
     _before: dict[str, Any] = field(init=False, default_factory=dict)
     _checked: set[CandidateKey] = field(init=False, default_factory=set)
+    _again: set[CandidateKey] = field(init=False, default_factory=set)
 
     def begin(self) -> int:
         """Look up what is known and start compiling; the number of candidates that are submitted.
@@ -134,8 +135,9 @@ class Session:
 
         self._strategy = strategy()
         self._first = self._strategy.ask()
-        self._finished = self._has_all() or (
-            self._is_current() and self._all_checked() and self._settles(strategy())
+        self._finished = not self._again and (
+            self._has_all()
+            or (self._is_current() and self._all_checked() and self._settles(strategy()))
         )
         self._begun = True
         if self._finished:
@@ -168,7 +170,10 @@ class Session:
                 Budget(seconds),
             )
             # Outcomes come as they are compiled: a small budget may have ended before its turn.
-            for _ in self._evaluate(timer, (self.space.default,)):
+            rest = [self.space.default]
+            if searched.complete:  # a strategy need not come back to what may pass by now
+                rest += [self.space.by_key[key] for key in sorted(self._again - {*self.trials})]
+            for _ in self._evaluate(timer, tuple(dict.fromkeys(rest))):
                 pass
             if options.check is Check.ALL:
                 for candidate, outcome in searched.outcomes:
@@ -213,6 +218,7 @@ class Session:
         return self.space.restricted(
             {key for key in self.space.by_key if key[0] not in unchanged or key in self.trials}
             | {self.space.default.as_key()}
+            | self._again
         )
 
     def _all_checked(self) -> bool:
@@ -242,12 +248,16 @@ class Session:
                 continue
             for trial in entry.trials:
                 key = trial_key(trial)
-                if key not in current or _passing(trial, entry.recorded, limits):
+                if key not in current:
                     continue
                 if not _same(trial.algorithm, entry.sources, self.sources):
                     continue
+                if _passing(trial, entry.recorded, limits):
+                    self._again.add(key)
+                    continue
                 status = Status.TIMED if trial.status == Status.OK else trial.status
                 known[key] = replace(trial, status=status)
+        self._again -= known.keys()
         return known
 
     def _state(self) -> dict[str, Any]:
@@ -444,11 +454,7 @@ class Session:
     def _withdraw(self) -> None:
         """Drop the stored entry if its winner has just been shown to be wrong."""
         wrong = {key for key, trial in self.trials.items() if trial.status == Status.NUMERIC}
-        draft = self._draft(())
-        stored = self.store.load(self.env, draft.operator, draft.problem, draft.policy)
-        if stored is not None and trial_key(stored.best) in wrong:
-            path = self.store.path(self.env, draft.operator, draft.key())
-            path.unlink(missing_ok=True)
+        self.store.withdraw(self.env, self._draft(()), lambda best: trial_key(best) in wrong)
 
     def _ordered(self) -> tuple[Trial, ...]:
         """Trials in the fixed order of the space, the default first."""

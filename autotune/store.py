@@ -8,7 +8,7 @@ dies, so that two processes that tune the same problem keep each other's timings
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,7 +49,8 @@ def merge(new: Entry, old: Entry | None, current: Mapping[str, str] | None = Non
     """Add to ``new`` the trials that only ``old`` has and that still hold, and choose again.
 
     Entries of another problem or policy are not merged. The trials of one algorithm are all of one
-    source: that of ``new``, unless only that of ``old`` is current.
+    source: that of ``new``, unless only that of ``old`` is current. What only ``old`` has cannot
+    win unless both searched the same space: ``new`` did not run it, and its time is of another day.
 
     Args:
         new, old: the entries.
@@ -66,16 +67,35 @@ def merge(new: Entry, old: Entry | None, current: Mapping[str, str] | None = Non
     sources = {**new.sources, **older}
     kept = [trial for trial in new.trials if trial.algorithm not in older]
     known = {trial_key(trial) for trial in kept}
+    same_space = bool(new.space_hash) and new.space_hash == old.space_hash
     for trial in old.trials:
         source = old.sources.get(trial.algorithm)
         if trial_key(trial) not in known and source == sources.get(trial.algorithm, ""):
-            kept.append(trial)
-    first = trial_key(new.default)
-    kept.sort(key=lambda trial: trial_key(trial) != first)
-    if not kept or trial_key(kept[0]) != first:
+            demoted = trial.status == Status.OK and not same_space
+            kept.append(replace(trial, status=Status.TIMED) if demoted else trial)
+    # With today's source of an algorithm comes the default that it has today.
+    keys = {trial_key(trial) for trial in kept}
+    defaults = [trial_key(entry.default) for entry in (new, old)]
+    first = next((key for key in defaults if key in keys), None)
+    if first is None:
         return new  # without its default it would say nothing about what tuning is worth
-    merged = elect(replace(new, trials=tuple(kept), sources=sources))
+    kept.sort(key=lambda trial: trial_key(trial) != first)
+    recorded = dict(new.recorded)
+    if older:
+        # What was finished of ``new`` are the algorithms that it has lost.
+        recorded.pop("completed", None)
+        spaces = recorded.get("spaces", {})
+        recorded["spaces"] = {name: spaces[name] for name in spaces if name not in older}
+    merged = elect(replace(new, trials=tuple(kept), sources=sources, recorded=recorded))
     return merged if merged is not None else new
+
+
+def _joined(new: Entry, old: Entry) -> Entry:
+    """``new`` with the trials that only ``old`` has, of algorithms whose source is the same."""
+    known = {trial_key(trial) for trial in new.trials}
+    same = {name for name, source in old.sources.items() if new.sources.get(name) == source}
+    others = [t for t in old.trials if t.algorithm in same and trial_key(t) not in known]
+    return replace(new, trials=(*new.trials, *others))
 
 
 @dataclass(frozen=True)
@@ -159,16 +179,31 @@ class Store:
             self._write(path, merged)
         return Stored(merged, path)
 
+    def withdraw(
+        self, environment: Environment, entry: Entry, is_wrong: Callable[[Trial], bool]
+    ) -> None:
+        """Delete the stored entry of the same key if its winner is wrong."""
+        path = self._prepare(environment, entry)
+        with locked(path.parent):
+            stored = read_located(path)
+            if stored is not None and is_wrong(stored.best):
+                path.unlink(missing_ok=True)
+
     def _partial(self, environment: Environment, entry: Entry) -> Path:
         path = self.path(environment, entry.operator, entry.key())
         return path.parent / "partial" / path.name
 
     def save_partial(self, environment: Environment, entry: Entry) -> None:
-        """Keep trials that have no winner yet, where no lookup finds them."""
+        """Keep trials that have no winner yet, where no lookup finds them.
+
+        Those that another process has kept meanwhile stay, where they are of the same source.
+        """
         path = self._partial(environment, entry)
         self._prepare(environment, entry)
         make_folder(path.parent)
-        self._write(path, entry)
+        with locked(path.parent):
+            kept = self.load_partial(environment, entry)
+            self._write(path, entry if kept is None else _joined(entry, kept))
 
     def load_partial(self, environment: Environment, entry: Entry) -> Entry | None:
         """What :meth:`save_partial` kept for an entry of the same key."""

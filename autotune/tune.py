@@ -145,8 +145,9 @@ def run_session(session: Session, index: int, seconds: float | None) -> Report:
     except Exception as error:
         # One problem that cannot be set up (too large for the device) is not all of them.
         report = session.failed(error)
-    if report.result in (Result.TUNED, Result.KEPT):
-        invalidate(session.operator.name)  # KEPT: by another process, perhaps
+    if report.result is not Result.PENDING:
+        # KEPT: written by another process, perhaps; FAILED: an entry may have been withdrawn.
+        invalidate(session.operator.name)
     session.progress.end(report)
     return report
 

@@ -30,7 +30,7 @@ from .common import (
     setup,
     table,
 )
-from .show import TIERS
+from .show import because
 
 
 def explain(
@@ -62,7 +62,7 @@ def explain(
     head.add_row("problem", str(problem))
     head.add_row("on", describe_environment(environment(facts).as_dict()))
     head.add_row("runs", describe(choice.algorithm, choice.config.as_dict()))
-    head.add_row("tier", f"{choice.tier}: {TIERS[choice.tier]}")
+    head.add_row("tier", f"{choice.tier}: {because(found, problem)}")
     head.add_row("which is", "the default" if is_default else "not the default")
     served: Mapping[str, Any] | None = None
     if located is not None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tritonconv.runtime.errors import bad_value
-from tritonconv.runtime.freshness import changes
+from tritonconv.runtime.freshness import changes, is_unfinished
 from tritonconv.runtime.operators import get_operator, operator_names
 
 from ..harvest import model_names
@@ -79,6 +79,7 @@ def list_(
                 "stale": since.stale,
                 "outdated": [*since.changed, *since.added] if since.outdated else [],
                 "changes": str(since),
+                "unfinished": is_unfinished(entry),
                 "created": entry.recorded.get("created"),
                 "path": str(item.path),
             }
@@ -120,9 +121,9 @@ def list_(
 
 
 def _freshness(row: Mapping[str, object]) -> str:
-    """``current``, or what has changed since."""
+    """``current``, ``unfinished``, or what has changed since."""
     if not row["changes"]:
-        return "current"
+        return "unfinished" if row["unfinished"] else "current"
     return f"{'stale' if row['stale'] else 'outdated'} ({row['changes']})"
 
 

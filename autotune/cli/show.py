@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from tritonconv.runtime.freshness import Changes, changes
-from tritonconv.runtime.operators import get_operator
-from tritonconv.runtime.tables import Entry, Tier, Trial, environment, tuned_table
+from tritonconv.runtime.freshness import Changes, changes, is_unfinished
+from tritonconv.runtime.operators import Problem, get_operator
+from tritonconv.runtime.tables import Entry, Found, Tier, Trial, environment, tuned_table
 
 from ..roofline import floor_us
 from ..search import Status
@@ -49,8 +49,9 @@ def show(
     op = get_operator(operator)
     problem = op.parse(parse_shape(shape))
     facts, real = facts_or_nominal(target)
-    choice = tuned_table(facts).lookup(op, problem)
     served = tuned_table(facts)
+    found = served.find(op, problem)
+    choice = found.choice
     located = next(served.exact(op, problem), None)
     entry = None if located is None else located.entry
     floor = floor_us(problem, facts)
@@ -59,11 +60,14 @@ def show(
     head = Table.grid(padding=(0, 2))
     head.add_row("problem", str(problem))
     head.add_row("runs", describe(choice.algorithm, choice.config.as_dict()))
-    head.add_row("because", TIERS[choice.tier] + (f" ({choice.source})" if choice.source else ""))
+    source = f" ({choice.source})" if choice.source else ""
+    head.add_row("because", because(found, problem) + source)
     head.add_row("floor", number(floor, 2, " µs"))
     since = Changes() if entry is None else changes(entry, op)
     if since.outdated:
         head.add_row("outdated", f"{since}: `autotune tune` times that")
+    if entry is not None and is_unfinished(entry):
+        head.add_row("unfinished", "not all was tried: `autotune tune` goes on with it")
     payload = {
         **problem_json(op.name, problem),
         "device": facts.as_dict(),
@@ -96,6 +100,17 @@ TIERS = {
     Tier.FAMILY: "a problem like it is tuned for the same architecture, elsewhere",
     Tier.DEFAULT: "nothing like it is tuned: the default",
 }
+
+
+def because(found: Found, problem: Problem) -> str:
+    """Why a lookup chose what it did."""
+    if found.stale is None:
+        return TIERS[found.choice.tier]
+    entry = found.stale.entry
+    exact = dict(entry.problem) == dict(problem.fields())
+    which = "this very problem" if exact else "the nearest problem"
+    changed = f"{entry.best.algorithm} has changed since"
+    return f"{which} is tuned, but {changed} (stale): the default"
 
 
 def _trials(out: Output, entry: Entry, everything: bool) -> Table:

@@ -9,8 +9,8 @@ import pytest
 from autotune_entries import DEVICE, ENV, winner
 from autotune_fakes import Scale, ScaleProblem
 
-from tritonconv.autotune import seeds
-from tritonconv.autotune.answers import answers
+from tritonconv.autotune import foreign_tuning, seeds
+from tritonconv.autotune.answers import answers, known_operators, sources
 from tritonconv.autotune.store import Store
 from tritonconv.runtime import tables
 from tritonconv.runtime.settings import settings
@@ -30,6 +30,28 @@ def test_answers_are_what_lookups_take(cache: Path, tmp_path: Path, scale: Scale
             (text,) = [text for name, text in told.items() if f'"size": {size}}}' in name]
             assert text == f"fine(variant={choice.config.as_dict()['variant']})"
     assert len(told) == 2
+
+
+def test_kernels_of_one_name_are_all_compared_in_whatever_order(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Scale(source="source-1"), Scale(source="source-2")
+    Store().save(ENV, winner(1, size=64))
+    Store().save(ENV, winner(2, size=9, source="source-2"))
+    Store().save(ENV, winner(3, size=9, source="source-1", policy="eager"))
+    told = []
+    for called in ([first, second], [second, first], [second, Scale(source="source-1"), first]):
+        monkeypatch.setattr(foreign_tuning, "decorated_operators", lambda called=called: called)
+        known = [op for op in known_operators() if op.name == "fake.scale"]
+        mark = tables.fingerprint(called[:2], DEVICE)
+        told.append((answers(known, DEVICE), mark, sources(known)))
+        assert len(known) == 2
+    assert told[0] == told[1] == told[2]
+    assert sorted(told[0][0].values()) == [
+        "fine(variant=1)", "fine(variant=2)", "fine(variant=3)", "stale",
+    ]  # fmt: skip
+    assert told[0][2]["source of fake.scale fine"] == "source-1, source-2"
+    assert sources([first])["source of fake.scale fine"] == "source-1"
 
 
 def test_seeds_parse_an_entry_once_until_its_file_changes(

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import timeit
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -18,7 +21,7 @@ from hypothesis import settings as examples
 from tritonconv.autotune import bundle
 from tritonconv.autotune.bundle import export, write
 from tritonconv.autotune.store import Store
-from tritonconv.runtime import entries, missed, tables
+from tritonconv.runtime import entries, missed, sources, tables
 from tritonconv.runtime.freshness import changes
 from tritonconv.runtime.settings import settings
 from tritonconv.runtime.tables import NotTunedError, Tier, tuned_table
@@ -152,11 +155,38 @@ def test_a_stale_entry_of_the_user_lets_a_shared_one_serve(cache: Path, tmp_path
         assert found(63) == ("bucket", 2)
 
 
+def test_a_farther_entry_does_not_serve_where_a_nearer_one_is_stale(cache: Path) -> None:
+    """What survives a change of kernels is what others won: no sample of what is best."""
+    aten = trial(0, 5.0, algorithm="aten")
+    for size in (1000, 2000, 4000):
+        Store().save(ENV, winner(2, size=size))
+    Store().save(ENV, entry_of(trial(0, 10.0), aten, size=100_000))
+    Store().save(SISTER, entry_of(trial(0, 10.0), aten, size=1_000_000, env=SISTER))
+    Store().save(SISTER, entry_of(trial(0, 10.0), aten, size=2000, env=SISTER))
+    changed = Scale(changed={"fine": "source-2"})
+    tiers = {size: found(size, operator=changed)[0] for size in (1000, 1010, 1200, 4100)}
+    assert tiers == dict.fromkeys(tiers, "default")
+    # One that is no farther serves, here or on a sister device.
+    assert found(2000, operator=changed) == ("family", 0)
+    assert {size: found(size, operator=changed) for size in (99_999, 200_000)} == {
+        99_999: ("bucket", 0),
+        200_000: ("nearest", 0),
+    }
+    stale = tuned_table(DEVICE).find(changed, ScaleProblem(1200)).stale
+    assert stale is not None and stale.entry.problem["size"] == 1000
+    assert found(1200) == ("nearest", 2)
+    # What is tuned again serves again, its neighbours too.
+    Store().save(ENV, winner(3, size=1000, source="source-2", changed={"fine": "source-2"}))
+    tables.invalidate()
+    assert found(1200, operator=changed) == ("nearest", 3)
+
+
 def test_a_winner_that_cannot_serve_is_passed_over(cache: Path) -> None:
     Store().save(ENV, entry_of(trial(0, 10.0), trial(0, 5.0, algorithm="picky")))
     Store().save(ENV, winner(2, size=63))
     assert found(64, operator=Scale(Fine(), Picky())) == ("bucket", 2)
-    assert found(64, operator=Scale(Fine())) == ("bucket", 2)  # there is no picky any more
+    # There is no picky any more: the problem is tuned anew before a neighbour serves it.
+    assert found(64, operator=Scale(Fine())) == ("default", 0)
     odd = replace(trial(1, 5.0), config={"length": 1})
     Store().save(ENV, entry_of(trial(0, 10.0), odd), replace_old=True)
     entries.warn_once.cache_clear()
@@ -214,6 +244,8 @@ def test_values_that_are_no_entry_are_a_miss_and_one_warning(cache: Path) -> Non
         {"best": {**good["best"], "config": {"variant": "rm -rf"}}},
         {"problem": {"size": [1]}},
         {"trials": [{**good["best"], "resources": {"registers": "many"}}]},
+        {"tied": [float("inf")]},
+        {"best": {**good["best"], "count": float("inf")}},
     ):
         stored.path.write_text(json.dumps({**good, **change}))
         _is_a_miss_with_warnings(1, "cannot be read and is ignored")
@@ -240,6 +272,82 @@ def test_a_bad_bundle_is_a_miss_and_one_warning(cache: Path, tmp_path: Path) -> 
         with pytest.warns(UserWarning, match="bundle (torn|foreign).json cannot be read") as caught:
             assert found(64)[0] == "default"
         assert len(caught) == 2
+
+
+@pytest.mark.parametrize("place", ["entry", "environment"])
+def test_a_bundle_with_infinite_values_is_a_miss_and_one_warning(
+    cache: Path, tmp_path: Path, place: str
+) -> None:
+    store = Store(tmp_path / "made")
+    store.save(ENV, winner(1))
+    write(export(store, ENV), path := tmp_path / "bundle.json")
+    value = json.loads(path.read_text())
+    if place == "entry":
+        value["entries"][0]["best"] = float("inf")
+    else:
+        value["environment"]["device"]["sm_count"] = float("inf")
+    path.write_text(json.dumps(value))
+    entries.warn_once.cache_clear()
+    with settings.override(cache_path=(path,)):
+        with pytest.warns(UserWarning, match=r"bundle bundle.json .*ignored") as caught:
+            assert found(64)[0] == "default"
+        assert len(caught) == 1
+
+
+@pytest.mark.parametrize("step", ["listing", "entry", "environments"])
+def test_a_lookup_under_way_in_another_thread_hides_no_new_entry(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """It has read the files of before when they change, and goes on after the change is told."""
+    env = SISTER if step == "environments" else ENV
+    for other in (ENV, OLDER):
+        Store().save(other, winner(3, size=9, env=other, dtype="bfloat16"))
+    has_read, changed = threading.Event(), threading.Event()
+
+    def paused(real: Callable[..., Any]) -> Callable[..., Any]:
+        def read(*args: Any) -> Any:
+            result = list(real(*args))
+            if threading.current_thread().name == "reader" and not has_read.is_set():
+                has_read.set()
+                assert changed.wait(10)
+            return result
+
+        return read
+
+    owner, name = {
+        "listing": (sources.os, "listdir"),
+        "entry": (tables.TunedTable, "known"),
+        "environments": (sources.DirectorySource, "environments"),
+    }[step]
+    monkeypatch.setattr(owner, name, paused(getattr(owner, name)))
+    reader = threading.Thread(target=lambda: found(64), name="reader")
+    reader.start()
+    assert has_read.wait(10)
+    Store().save(env, winner(1, size=97 if step == "entry" else 64, env=env))
+    tables.invalidate(OPERATOR.name)
+    changed.set()
+    reader.join()
+    tier = {"listing": "exact", "entry": "nearest", "environments": "family"}[step]
+    assert found(64) == (tier, 1)
+
+
+def test_a_bundle_that_another_thread_is_reading_is_waited_for_or_read_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "made")
+    store.save(ENV, winner(1))
+    write(export(store, ENV), path := tmp_path / "bundle.json")
+    source = sources.BundleSource("shared", path)
+    real, seen = sources.read_bundle, []
+
+    def read(path: Path) -> tables.Bundle | None:
+        if not seen:
+            seen.append(None)
+            seen[0] = list(source.entries(ENV, "fake.scale"))
+        return real(path)
+
+    monkeypatch.setattr(sources, "read_bundle", read)
+    assert list(source.entries(ENV, "fake.scale")) == seen[0] != []
 
 
 def test_a_repeated_choice_is_one_dictionary_lookup(
@@ -349,12 +457,13 @@ class TestFingerprint:
             (base, (ENV, winner(1, size=65))),
             (base, (SISTER, winner(1, env=SISTER))),
             (base, (OLDER, winner(1, env=OLDER))),
+            (base, (ENV, winner(1, size=65, source="source-0"))),  # what is near it is untuned
         ]
         seen = {self.of(tmp_path / str(index), *rows) for index, rows in enumerate(variants)}
         assert len(seen) == len(variants)
         assert self.of(tmp_path / "1") != tables.fingerprint(["fake.scale"], SISTER.device)
-        # What no lookup takes changes nothing: another architecture, stale entries.
-        stale = winner(2, source="source-0", created="2027")
+        # What no lookup takes changes nothing: another architecture, stale ones where one serves.
+        stale = winner(2, source="source-0", created="2027", policy="eager")
         rows = (base, (AMPERE, winner(1, env=AMPERE)), (ENV, stale))
         assert self.of(tmp_path / "same", *rows) in seen
 

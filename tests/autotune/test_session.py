@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
@@ -18,7 +21,8 @@ from tritonconv.autotune.space import Candidate
 from tritonconv.autotune.store import Store
 from tritonconv.autotune.tune import tune
 from tritonconv.runtime.entries import Resources
-from tritonconv.runtime.tables import Tier, tuned_table
+from tritonconv.runtime.files import locked, replace_text
+from tritonconv.runtime.tables import Tier, Trial, environment, tuned_table
 
 PROBLEM = ScaleProblem(1000)
 
@@ -120,6 +124,37 @@ def test_more_time_tries_again_what_ran_out_of_it(cache: Path) -> None:
     assert (report.result, report.measured, report.failures()) == (Result.TUNED, 1, {})
 
 
+OUT_OF_MEMORY = Failure(Status.LAUNCH, "out of GPU memory: 1 GiB")
+OUT_OF_TIME = Failure(Status.RUN_TIMEOUT, "ran longer than 1 s")
+
+
+@pytest.mark.parametrize("changed", [{}, {"aten": "source-2"}], ids=["nothing", "another"])
+@pytest.mark.parametrize("failure", [OUT_OF_MEMORY, OUT_OF_TIME], ids=["memory", "time"])
+def test_what_may_pass_by_now_is_tried_again_although_all_was_done(
+    cache: Path, failure: Failure, changed: dict[str, str]
+) -> None:
+    lab = PlaybackLab(table_of({("fine", 2): failure}))
+    lab.run_timeout = 1.0  # type: ignore[attr-defined]
+    (report,) = tune(Scale(Fine(), Aten()), [PROBLEM], lab=lab)
+    assert report.complete and report.failures() == {failure.status: 1}
+    lab = PlaybackLab(table_of({("fine", 2): 1.0}))
+    lab.run_timeout = 100.0  # type: ignore[attr-defined]
+    operator = Scale(Fine(), Aten(), changed=changed)
+    (report,) = tune(operator, [PROBLEM], lab=lab)
+    assert (report.result, report.measured) == (Result.TUNED, 1 + len(changed))
+    assert report.entry is not None and report.entry.best.config == {"variant": 2}
+    (report,) = tune(operator, [PROBLEM], lab=lab)
+    assert report.result is Result.KEPT
+
+
+def test_what_runs_out_of_the_same_time_is_not_tried_again(cache: Path) -> None:
+    lab = PlaybackLab(table_of({("fine", 2): OUT_OF_TIME}))
+    lab.run_timeout = 1.0  # type: ignore[attr-defined]
+    for result in (Result.TUNED, Result.KEPT):
+        (report,) = tune(Scale(Fine(), Aten()), [PROBLEM], lab=lab)
+        assert report.result is result
+
+
 class FourTimes(Fine):
     """What ``fine`` was, now wrong."""
 
@@ -133,10 +168,36 @@ def test_a_winner_that_turns_out_wrong_is_withdrawn(cache: Path) -> None:
     (report,) = tune(Scale(Fine()), [PROBLEM], lab=PlaybackLab())
     assert report.result is Result.TUNED
     operator = Scale(FourTimes())
+    table = tuned_table(PlaybackLab().facts)
+    assert table.lookup(operator, PROBLEM).tier is Tier.EXACT
     (report,) = tune(operator, [PROBLEM], lab=PlaybackLab(), options=Options(force=True))
     assert report.result is Result.FAILED
-    choice = tuned_table(PlaybackLab().facts).lookup(operator, PROBLEM)
-    assert choice.tier is Tier.DEFAULT
+    assert table.lookup(operator, PROBLEM).tier is Tier.DEFAULT
+
+
+def test_a_better_entry_written_meanwhile_is_not_withdrawn(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process replaces the wrong winner while this one is about to delete it."""
+    (report,) = tune(Scale(Fine()), [PROBLEM], lab=PlaybackLab())
+    assert report.entry is not None and report.path is not None
+    store, wrong = Store(), report.entry.best
+    good = replace(report.entry, best=replace(wrong, config={"variant": 3}))
+
+    def writes() -> None:
+        with locked(report.path.parent):
+            replace_text(report.path, json.dumps(good.to_json()))
+
+    other = Thread(target=writes)
+
+    def is_wrong(best: Trial) -> bool:
+        other.start()
+        other.join(0.2)  # it waits for its turn
+        return best == wrong
+
+    store.withdraw(environment(PlaybackLab().facts), report.entry, is_wrong)
+    other.join()
+    assert [stored.entry for stored in store.entries()] == [good]
 
 
 def test_checking_all_checks_what_only_finalists_had(cache: Path) -> None:

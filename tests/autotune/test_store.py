@@ -89,6 +89,21 @@ def test_where_it_is_allowed_the_newest_of_another_variant_gives_its_timings(
     assert own is not None and own.best.config == {"variant": 3}
 
 
+def test_unfinished_trials_of_two_processes_are_joined(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    aten = trial(0, 4.0, algorithm="aten")
+    first = entry_of(trial(0, 10.0), trial(1, 5.0), aten, changed={"aten": "source-0"})
+    store.save_partial(ENV, first)
+    store.save_partial(ENV, entry_of(trial(0, 11.0), trial(2, 7.0)))
+    kept = store.load_partial(ENV, first)
+    assert kept is not None and kept.sources["aten"] == "source-1"
+    assert [(t.config["variant"], t.timing.p50) for t in kept.trials if t.timing] == [
+        (0, 11.0), (2, 7.0), (1, 5.0),
+    ]  # fmt: skip
+    store.drop_partial(ENV, first)
+    assert store.load_partial(ENV, first) is None
+
+
 def test_merging_keeps_the_trials_of_algorithms_that_have_not_changed() -> None:
     old = entry_of(trial(0, 10.0), trial(1, 5.0), trial(0, 4.0, algorithm="aten"))
     new = entry_of(trial(0, 9.0), trial(2, 7.0), changed={"fine": "source-2"})
@@ -119,6 +134,45 @@ def test_merging_with_a_table_from_elsewhere_prefers_todays_source_of_every_algo
         assert times == {("fine", 0): 9.0, ("fine", 2): 7.0, ("aten", 0): 6.0}
         assert {name: merged.sources[name] for name in today} == today
         assert merged.best.algorithm == "aten" and merged.default == here.default
+
+
+def test_what_takes_trials_of_an_unfinished_run_is_unfinished() -> None:
+    today = {"fine": "source-2", "aten": "source-1"}
+    done = {"completed": {"seed": 0}, "spaces": {"fine": "a", "aten": "b"}}
+    here = entry_of(trial(0, 9.0), trial(2, 7.0), changed={"fine": "source-2"})
+    there = entry_of(trial(0, 10.0), trial(0, 6.0, algorithm="aten"))
+    there = replace(there, recorded={**there.recorded, **done})
+    merged = merge(there, here, today)
+    assert merged.sources["fine"] == "source-2"
+    assert "completed" not in merged.recorded
+    assert merged.recorded["spaces"] == {"aten": "b"}
+    # Where all that it was finished with is kept, it stays so.
+    assert merge(there, here, {**today, "fine": "source-1"}).recorded == there.recorded
+
+
+@pytest.mark.parametrize(("space", "won"), [("space-1", 1), ("space-2", 2), ("", 2)])
+def test_what_is_no_candidate_any_more_does_not_win(space: str, won: int) -> None:
+    new = entry_of(trial(0, 10.0), trial(2, 7.0), space_hash=space)
+    merged = merge(new, entry_of(trial(0, 10.0), trial(1, 5.0)))
+    assert {t.config["variant"]: t.status for t in merged.trials}[1] == (
+        "ok" if won == 1 else "timed"
+    )
+    assert merged.best.config == {"variant": won}
+
+
+def test_an_import_keeps_todays_timings_where_the_default_has_moved() -> None:
+    today = {"fine": "source-2", "aten": "source-1"}
+    here = entry_of(
+        trial(1, 9.0), trial(2, 8.0), trial(0, 12.0, algorithm="aten"), changed={"fine": "source-2"}
+    )
+    there = entry_of(trial(9, 10.0), trial(1, 5.5), trial(0, 5.0, algorithm="aten"))
+    merged = merge(there, here, today)
+    assert {name: merged.sources[name] for name in today} == today
+    assert [(t.algorithm, t.config["variant"]) for t in merged.trials] == [
+        ("fine", 1), ("aten", 0), ("fine", 2),
+    ]  # fmt: skip
+    assert merged.default == here.default and merged.best.algorithm == "aten"
+    assert merged.best.timing is not None and merged.best.timing.p50 == 5.0
 
 
 def test_an_entry_from_elsewhere_is_adopted_where_it_is_faster(tmp_path: Path) -> None:

@@ -6,18 +6,22 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from autotune_entries import DEVICE, ENV, OLDER, SISTER, entry_of, trial, winner
-from autotune_fakes import PlaybackLab, Scale
+from autotune_fakes import PlaybackLab, Scale, ScaleProblem
 from typer.testing import CliRunner
 
 from tritonconv.autotune.bundle import Bundle, write
+from tritonconv.autotune.clean import find, remove
 from tritonconv.autotune.cli import app
+from tritonconv.autotune.report import Progress, Result
 from tritonconv.autotune.store import Store
+from tritonconv.autotune.tune import tune
 from tritonconv.runtime import tables
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
@@ -92,6 +96,38 @@ def test_explain_knows_stale_entries(cache: Path, scale: Scale) -> None:
     ]
     text = invoke(cache, "explain", scale.name, "size=64").stdout
     assert "the source of fine (stale)" in text
+    for verb in ("explain", "show"):
+        for size, which in ((64, "this very problem"), (60, "the nearest problem")):
+            text = " ".join(invoke(cache, verb, scale.name, f"size={size}").stdout.split())
+            assert f"{which} is tuned, but fine has changed since (stale): the default" in text
+            assert "nothing like it" not in text
+        text = invoke(cache, verb, scale.name, "size=64,dtype=bfloat16").stdout
+        assert "nothing like it is tuned" in text
+
+
+@no_gpu
+def test_what_was_cut_short_is_not_current(cache: Path, scale: Scale) -> None:
+    lab = PlaybackLab()
+    tune(scale, [ScaleProblem(64)], lab=lab, store=Store(cache / "tuned"))
+    assert not as_json(cache, "list", "--cached")["entries"][0]["unfinished"]
+    assert "current" in invoke(cache, "list", "--cached").stdout
+    scale.changed = {"fine": "source-2", "vector": "source-2"}
+    slow = Progress()
+    slow.candidate = lambda *_: time.sleep(0.6)  # type: ignore[method-assign]
+    (report,) = tune(
+        scale,
+        [ScaleProblem(64)],
+        lab=lab,
+        store=Store(cache / "tuned"),
+        budget_s=0.5,
+        progress=slow,
+    )
+    assert report.result is Result.TUNED and not report.complete
+    (row,) = as_json(cache, "list", "--cached")["entries"]
+    assert row["unfinished"] and not row["changes"]
+    text = invoke(cache, "list", "--cached").stdout
+    assert "unfinished" in text and "current" not in text
+    assert "goes on with it" in invoke(cache, "show", scale.name, "size=64").stdout
 
 
 @no_gpu
@@ -264,6 +300,19 @@ def test_clean_shows_before_it_deletes(cache: Path, scale: Scale) -> None:
     old = store.save(ENV, winner(1, size=5, created="2000-01-01T00:00:00+00:00")).path
     value = as_json(cache, "clean", "--older-than", "1000w", "--stale", "--yes")
     assert [(row["why"], row["path"]) for row in value["files"]] == [("old", str(old))]
+
+
+def test_what_replaced_an_unreadable_file_meanwhile_is_not_deleted(cache: Path) -> None:
+    store = Store(cache / "tuned")
+    path = store.save(ENV, winner(1)).path
+    good = path.read_text()
+    path.write_text("{")
+    found = find(store)
+    assert [row.why for row in found] == ["unreadable"]
+    path.write_text(good)
+    assert remove(found) == [] and path.read_text() == good
+    path.write_text("{")
+    assert remove(found) == found and not path.exists()
 
 
 @pytest.mark.parametrize(

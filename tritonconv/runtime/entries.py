@@ -189,7 +189,7 @@ class Entry:
                 recorded=dict(value["recorded"]),
                 space_hash=str(value.get("space_hash", "")),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise _invalid(error) from None
 
 
@@ -248,7 +248,7 @@ class Bundle:
             _require_schema(value)
             environment = dict(value["environment"])
             entries = tuple(_unpacked(row, environment) for row in value["entries"])
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise _invalid(error) from None
         return cls(environment, entries)
 

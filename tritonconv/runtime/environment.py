@@ -50,7 +50,7 @@ class Environment:
                 str(value["torch"]),
                 str(value.get("ptxas", "")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise InvalidEntryError(f"no environment: {type(error).__name__}: {error}") from None
 
     @functools.cached_property

@@ -62,6 +62,14 @@ def is_stale(entry: Entry) -> bool:
     return sources is not None and not serves(entry, sources)
 
 
+def is_unfinished(entry: Entry) -> bool:
+    """Whether the search behind an entry was cut short: `autotune tune` goes on with it.
+
+    Of an entry from a bundle, which records no search, nothing is known.
+    """
+    return "spaces" in entry.recorded and "completed" not in entry.recorded
+
+
 def changes(entry: Entry, operator: Operator | None = None) -> Changes:
     """What has changed since an entry was tuned; nothing for an operator not known here.
 
@@ -92,4 +100,4 @@ def _serving(operator: Operator, entry: Entry) -> tuple[str, ...]:
         return ()
 
 
-__all__ = ["Changes", "changes", "current_sources", "is_stale", "serves"]
+__all__ = ["Changes", "changes", "current_sources", "is_stale", "is_unfinished", "serves"]

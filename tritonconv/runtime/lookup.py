@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,10 +53,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """A choice and the entry behind it, without its trials; None for the default."""
+    """A choice and the entry behind it, without its trials; None for the default.
+
+    ``stale`` is the entry, exact or the nearest, for whose sake the default is chosen: its winner
+    has changed since, and a farther entry says less about the problem than it did.
+    """
 
     choice: Choice
     located: Located | None = None
+    stale: Located | None = None
 
 
 def bucket(value: int) -> int:
@@ -91,16 +97,46 @@ class _Place:
         return all(bucket(a) == bucket(b) for a, b in zip(self.sizes, other.sizes, strict=True))
 
 
+@dataclass(frozen=True)
+class _Row:
+    """What is known of a problem in one environment."""
+
+    place: _Place
+    located: Located
+    serves: bool
+
+
 @dataclass
 class _OperatorTable:
-    """The entries of an operator that may serve in one environment: one per problem."""
+    """The entries of an operator in one environment: one per problem."""
 
-    groups: dict[Any, list[tuple[_Place, Located]]] = field(default_factory=dict)
+    groups: dict[Any, list[_Row]] = field(default_factory=dict)
 
-    def ranked(self, place: _Place) -> list[tuple[_Place, Located]]:
+    def ranked(self, place: _Place) -> list[tuple[float, _Row]]:
         """Entries that differ in sizes only, the nearest first; ties in a fixed order."""
-        rows = self.groups.get(place.group, ())
-        return sorted(rows, key=lambda row: (distance(row[0].sizes, place.sizes), row[0].text))
+        rows = [(distance(r.place.sizes, place.sizes), r) for r in self.groups.get(place.group, ())]
+        return sorted(rows, key=lambda row: (row[0], row[1].place.text))
+
+
+@dataclass
+class _Near:
+    """The entries near a problem that may serve it: none that is farther than a stale one.
+
+    After a change of kernels only those entries serve that were won by what has not changed, by
+    PyTorch above all. Where the nearest entry is no such one, they are no sample of what is best.
+    """
+
+    place: _Place
+    limit: float = math.inf
+    stale: Located | None = None
+
+    def rows(self, table: _OperatorTable) -> list[_Row]:
+        """What serves of a table, the nearest first."""
+        ranked = table.ranked(self.place)
+        apart, stale = next(((d, row) for d, row in ranked if not row.serves), (math.inf, None))
+        if stale is not None and apart < self.limit:
+            self.limit, self.stale = apart, stale.located
+        return [row for d, row in ranked if row.serves and d <= self.limit]
 
 
 _MAX_SEEN = 4096
@@ -122,7 +158,7 @@ class TunedTable:
         self._tables: dict[tuple[str, Operator], _OperatorTable] = {}
         self._hashes: dict[Operator, Mapping[str, str]] = {}
         self._found: dict[tuple[Operator, Problem], Found] = {}
-        self._family: tuple[Environment, ...] | None = None
+        self._families: list[tuple[Environment, ...]] = []
 
     def entries(self, operator: str) -> Iterator[Located]:
         """Readable entries of an operator in this environment, best source first."""
@@ -143,13 +179,16 @@ class TunedTable:
         """Read the files of an operator, or of all, again at the next lookup (after tuning)."""
         for source in self.sources:
             source.forget(operator)
-        self._family = None
+        # New memories: a lookup still under way in another thread fills those that it began with.
+        self._families = []
         if operator is None:
             self._tables, self._hashes, self._found = {}, {}, {}
         else:
-            self._tables = {key: t for key, t in self._tables.items() if key[1].name != operator}
-            self._hashes = {o: text for o, text in self._hashes.items() if o.name != operator}
-            self._found = {key: f for key, f in self._found.items() if key[0].name != operator}
+            tables, hashes = list(self._tables.items()), list(self._hashes.items())
+            self._tables = {key: t for key, t in tables if key[1].name != operator}
+            self._hashes = {o: text for o, text in hashes if o.name != operator}
+            found = list(self._found.items())
+            self._found = {key: f for key, f in found if key[0].name != operator}
 
     def lookup(self, operator: Operator, problem: Problem) -> Choice:
         """What to run for a problem: exact, bucket, nearest, family, default."""
@@ -168,60 +207,79 @@ class TunedTable:
         return found
 
     def _find(self, operator: Operator, problem: Problem) -> Found:
-        for tier, located in self._candidates(operator, problem):
+        near = _Near(_Place.of(problem.fields()))
+        for tier, located in self._candidates(operator, problem, near):
             choice = _choice_of(operator, problem, located, tier)
             if choice is not None:
                 slim = replace(located.entry, trials=(), tied=())
                 return Found(choice, replace(located, entry=slim))
-        return Found(default_choice(operator, problem, self.environment.device))
+        choice = default_choice(operator, problem, self.environment.device)
+        return Found(choice, stale=near.stale)
 
-    def _candidates(self, operator: Operator, problem: Problem) -> Iterator[tuple[Tier, Located]]:
+    def _candidates(
+        self, operator: Operator, problem: Problem, near: _Near
+    ) -> Iterator[tuple[Tier, Located]]:
         """Entries in the read order; later steps are computed only when earlier ones fail."""
         yield from ((Tier.EXACT, located) for located in self.exact(operator, problem))
-        place = _Place.of(problem.fields())
-        ranked = self._table(operator, self.environment).ranked(place)
-        yield from ((Tier.BUCKET, row) for other, row in ranked if place.in_bucket(other))
-        yield from ((Tier.NEAREST, row) for _, row in ranked[:_NEAREST])
+        rows = near.rows(self._table(operator, self.environment))
+        yield from ((Tier.BUCKET, r.located) for r in rows if near.place.in_bucket(r.place))
+        yield from ((Tier.NEAREST, row.located) for row in rows[:_NEAREST])
         for env in self.family():
-            ranked = self._table(operator, env).ranked(place)
-            yield from ((Tier.FAMILY, row) for _, row in ranked[:_NEAREST])
+            rows = near.rows(self._table(operator, env))
+            yield from ((Tier.FAMILY, row.located) for row in rows[:_NEAREST])
 
     def _source_hashes(self, operator: Operator) -> Mapping[str, str]:
-        known = self._hashes.get(operator)
+        memory = self._hashes
+        known = memory.get(operator)
         if known is None:
-            known = self._hashes[operator] = operator.source_hashes()
+            known = memory[operator] = operator.source_hashes()
         return known
 
     def _table(self, operator: Operator, env: Environment) -> _OperatorTable:
-        table = self._tables.get((env.hash, operator))
+        memory = self._tables
+        table = memory.get((env.hash, operator))
         if table is None:
             table = _OperatorTable()
-            for located in self.effective(operator, env):
+            for located, serving in self.known(operator, env):
                 place = _Place.of(located.entry.problem)
                 # Lookups need winners; trials of a whole table would be much memory.
                 slim = replace(located, entry=replace(located.entry, trials=(), tied=()))
-                table.groups.setdefault(place.group, []).append((place, slim))
-            self._tables[env.hash, operator] = table
+                row = _Row(place, slim, serving)
+                table.groups.setdefault(place.group, []).append(row)
+            memory[env.hash, operator] = table
         return table
 
     def effective(self, operator: Operator, env: Environment) -> Iterator[Located]:
         """The entry that answers for each problem tuned in an environment."""
+        return (located for located, serving in self.known(operator, env) if serving)
+
+    def known(self, operator: Operator, env: Environment) -> Iterator[tuple[Located, bool]]:
+        """The entry of each problem tuned in an environment, and whether it serves.
+
+        One that does not is given where no source has one that does.
+        """
         current = self._source_hashes(operator)
         answered: set[str] = set()
+        stale: dict[str, Located] = {}
         for source in self.sources:
             by_problem: dict[str, list[Located]] = {}
             for located in source.entries(env, operator.name):
+                problem = canonical(located.entry.problem)
                 if serves(located.entry, current):
-                    by_problem.setdefault(canonical(located.entry.problem), []).append(located)
+                    by_problem.setdefault(problem, []).append(located)
+                else:
+                    stale.setdefault(problem, located)
             for problem in sorted(by_problem.keys() - answered):
                 found = newest(by_problem[problem])
                 assert found is not None
-                yield found
+                yield found, True
             answered |= by_problem.keys()
+        yield from ((stale[problem], False) for problem in sorted(stale.keys() - answered))
 
     def family(self) -> tuple[Environment, ...]:
         """Other environments of the same architecture that have entries, the most alike first."""
-        if self._family is None:
+        memory = self._families
+        if not memory:
             own = self.environment
             others = {
                 env.hash: env
@@ -229,19 +287,21 @@ class TunedTable:
                 for env in source.environments()
                 if env.device.arch == own.device.arch and env.hash != own.hash
             }
-            self._family = tuple(
-                sorted(
-                    others.values(),
-                    key=lambda env: (
-                        env.device.name != own.device.name,
-                        env.triton != own.triton,
-                        env.torch != own.torch,
-                        env.ptxas != own.ptxas,
-                        env.hash,
-                    ),
+            memory.append(
+                tuple(
+                    sorted(
+                        others.values(),
+                        key=lambda env: (
+                            env.device.name != own.device.name,
+                            env.triton != own.triton,
+                            env.torch != own.torch,
+                            env.ptxas != own.ptxas,
+                            env.hash,
+                        ),
+                    )
                 )
             )
-        return self._family
+        return memory[0]
 
     def answers(self, operator: Operator) -> list[Any]:
         """What lookups of an operator depend on, as a JSON value."""
@@ -250,10 +310,13 @@ class TunedTable:
             winners = sorted(
                 [
                     canonical(row.entry.problem),
-                    row.entry.best.algorithm,
-                    canonical(row.entry.best.config),
+                    *(
+                        (row.entry.best.algorithm, canonical(row.entry.best.config))
+                        if serving
+                        else ("", "")  # stale: it only keeps farther ones from serving
+                    ),
                 ]
-                for row in self.effective(operator, env)
+                for row, serving in self.known(operator, env)
             )
             if winners or env == self.environment:
                 rows.append([env.hash, winners])

@@ -95,7 +95,12 @@ def _warn_of_missing(name: str, path: Path) -> None:
 
 
 class DirectorySource:
-    """A table directory."""
+    """A table directory.
+
+    What it remembers is written into the dictionary that was there before files were read:
+    :meth:`forget` puts a new one in place, which a slower reader in another thread does not fill
+    with what it saw before.
+    """
 
     def __init__(self, name: str, root: Path) -> None:
         self.name = name
@@ -128,12 +133,13 @@ class DirectorySource:
 
     def forget(self, operator: str | None = None) -> None:
         """List the files of an operator, or of all, again."""
-        names = self._names
-        self._names = {key: names[key] for key in names if operator not in (None, key[1])}
+        names = list(self._names.items())
+        self._names = {key: found for key, found in names if operator not in (None, key[1])}
 
     def _listing(self, env: Environment, operator: str) -> dict[str, list[str]]:
         """File names of an operator by problem key."""
-        found = self._names.get((env.hash, operator))
+        memory = self._names
+        found = memory.get((env.hash, operator))
         if found is None:
             found = {}
             names: list[str] = []
@@ -147,8 +153,12 @@ class DirectorySource:
             for name in sorted(names):
                 if name.endswith(".json") and not name.startswith("."):
                     found.setdefault(name.removesuffix(".json").partition("-")[0], []).append(name)
-            self._names[env.hash, operator] = found
+            memory[env.hash, operator] = found
         return found
+
+
+_Loaded = tuple[list[Environment], dict[tuple[Environment, str], dict[str, list[Located]]]]
+"""Environments of bundles, and their entries by operator and problem."""
 
 
 class BundleSource:
@@ -157,13 +167,14 @@ class BundleSource:
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self.path = path
-        self._environments: list[Environment] | None = None
-        self._found: dict[tuple[Environment, str], dict[str, list[Located]]] = {}
+        self._loaded: list[_Loaded] = []
 
-    def _load(self) -> list[Environment]:
-        if self._environments is not None:
-            return self._environments
-        self._environments = []
+    def _load(self) -> _Loaded:
+        memory = self._loaded
+        if memory:
+            return memory[0]
+        environments: list[Environment] = []
+        found: dict[tuple[Environment, str], dict[str, list[Located]]] = {}
         _warn_of_missing(self.name, self.path)
         for path in bundle_files(self.path):
             bundle = read_bundle(path)
@@ -174,33 +185,31 @@ class BundleSource:
             except InvalidEntryError as error:
                 warn_once(f"tuned bundle {path.name} is ignored: {error}")
                 continue
-            self._environments.append(env)
+            environments.append(env)
             for entry in bundle.entries:
-                by_key = self._found.setdefault((env, entry.operator), {})
+                by_key = found.setdefault((env, entry.operator), {})
                 located = Located(entry, self.name, path)
                 by_key.setdefault(entry.problem_key(), []).append(located)
-        return self._environments
+        memory.append((environments, found))
+        return memory[0]
 
     def environments(self) -> Iterator[Environment]:
         """The environment of every bundle."""
-        yield from self._load()
+        yield from self._load()[0]
 
     def exact(self, env: Environment, operator: str, key: str) -> Iterator[Located]:
         """Entries of a problem."""
-        self._load()
-        yield from self._found.get((env, operator), {}).get(key, ())
+        yield from self._load()[1].get((env, operator), {}).get(key, ())
 
     def entries(self, env: Environment, operator: str) -> Iterator[Located]:
         """Entries of an operator in a fixed order."""
-        self._load()
-        for _, found in sorted(self._found.get((env, operator), {}).items()):
+        for _, found in sorted(self._load()[1].get((env, operator), {}).items()):
             yield from found
 
     def forget(self, operator: str | None = None) -> None:
         """Read the files again; nothing writes into them while an operator is tuned."""
         if operator is None:
-            self._environments = None
-            self._found.clear()
+            self._loaded = []
 
 
 def bundle_files(path: Path) -> list[Path]:

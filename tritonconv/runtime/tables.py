@@ -114,7 +114,7 @@ def fingerprint(
     table = tuned_table(device_facts() if device is None else device)
     asked = operator_names() if operators is None else operators
     known = [op if isinstance(op, Operator) else _get_operator(op) for op in asked]
-    known.sort(key=lambda operator: operator.name)
+    known.sort(key=lambda operator: (operator.name, operator.source_hash()))
     answers = [] if settings.autotune == "off" else [table.answers(operator) for operator in known]
     names = [operator.name for operator in known]
     return digest([table.environment.as_dict(), names, answers])
