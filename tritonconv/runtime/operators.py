@@ -7,6 +7,7 @@ these three interfaces alone and know no family; a family registers its operator
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -204,6 +205,10 @@ _OPERATORS: dict[str, Operator] = {}
 
 def register(operator: Operator) -> Operator:
     """Make an operator known to dispatch, the tuner and the command line."""
+    # Now, as close as can be to their import: a file that is edited before the first lookup is not
+    # what this process runs. Classes without a file are refused where the hash is needed.
+    with contextlib.suppress(OSError, TypeError):
+        operator.source_hashes()
     _OPERATORS[operator.name] = operator
     return operator
 
