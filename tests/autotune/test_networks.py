@@ -49,7 +49,8 @@ def test_every_row_is_a_problem_under_every_choice(name: str) -> None:
                 assert fields["layout"] == row["layout"] or either
                 groups = row.get("groups", 1)
                 assert row["in_channels"] % groups == row["out_channels"] % groups == 0
-                assert fields["kind"] == ("dense" if groups == 1 else "depthwise")
+                narrow = "depthwise" if groups == row["in_channels"] else "grouped"
+                assert fields["kind"] == ("dense" if groups == 1 else narrow)
 
 
 @pytest.mark.parametrize("name", suite_names())
