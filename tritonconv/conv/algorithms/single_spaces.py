@@ -184,7 +184,9 @@ def _forward_default(problem: ConvProblem, device: DeviceFacts) -> SingleConfig:
             block_h = min(most_h, max(1, 64 * span // block_w))
             while block_h * block_w // span < 32:
                 block_h *= 2
-            return SingleConfig(RUNS, block_h, block_w, most_m, 4, 3, span=span)
+            default = SingleConfig(RUNS, block_h, block_w, most_m, 4, 3, span=span)
+            if _has_room(problem, default, device):
+                return default
     engine = FMA if is_scalar(problem) else MMA
     if not is_scalar(problem) and problem.out_channels < 16 and window <= _MOST_SCALAR_TAPS:
         engine = FMA
@@ -304,6 +306,15 @@ def wgrad_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Single
     )
 
 
+_ROOMY = 96 * 1024
+"""Shared memory of a program, in bytes, that all defaults fit into."""
+
+
+def _has_room(problem: ConvProblem, config: SingleConfig, device: DeviceFacts) -> bool:
+    """Whether a default fits into shared memory, with a quarter to spare as it is estimated."""
+    return 4 * single_footprint(problem, config, device).shared_bytes <= 3 * device.shared_bytes
+
+
 def _wgrad_default(problem: ConvProblem, device: DeviceFacts) -> SingleConfig:
     """Runs where windows are large and the map is; otherwise windows."""
     _, height, width = lifted(problem.out_size, 1)
@@ -320,7 +331,10 @@ def _wgrad_default(problem: ConvProblem, device: DeviceFacts) -> SingleConfig:
             block_h *= 2
         warps = 8 if span * most_m * power_of_two(runs.depth, 16, 256) > 4 * 4096 else 4
         default = SingleConfig(RUNS, block_h, block_w, most_m, warps, 3, span=span)
+        by_runs = device.shared_bytes >= _ROOMY
     else:
+        by_runs = False
+    if not by_runs:
         pixels = 64 if is_scalar(problem) else 128
         block_w = least_waste(width, 16, pixels)
         block_h = min(pixels // block_w, most_h)
@@ -329,6 +343,10 @@ def _wgrad_default(problem: ConvProblem, device: DeviceFacts) -> SingleConfig:
         # Elements of windows are gathered one by one: leave each thread few of them.
         warps = 8 if pixels * power_of_two(window, 16, 64) >= 4096 else 4
         default = SingleConfig(MMA, block_h, block_w, most_m, warps, 3)
+        while device.shared_bytes < _ROOMY and default.block_h > 1:
+            if _has_room(problem, default, device):
+                break
+            default = dataclasses.replace(default, block_h=default.block_h // 2)
     return dataclasses.replace(default, split=_wgrad_split(problem, default, device))
 
 
@@ -416,11 +434,14 @@ def single_footprint(problem: ConvProblem, config: SingleConfig, device: DeviceF
     if runs is not None and problem.direction is Direction.FORWARD:
         columns = config.span * config.block_m
         units = pixels // config.span
+        # Matrix instructions of warp groups read shared memory themselves: a buffer for each stage.
+        grouped = device.arch == "sm_90" and matrix and units >= 64 and config.num_warps >= 4
+        buffers = config.num_stages if grouped else max(1, config.num_stages - 1)
         return Footprint(
             programs=tiles * m_tiles,
             threads=threads,
             shared_bytes=max(
-                config.num_stages * (units + columns) * runs.block_k * size, units * columns * size
+                buffers * (units + columns) * runs.block_k * size, units * columns * size
             ),
             accumulators=max(1, units * columns // threads),
             bytes_loaded=tiles * m_tiles * (units + columns) * runs.depth * size,
