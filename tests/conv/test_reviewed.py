@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 
 import tritonconv as tc
 from tritonconv.conv.algorithms import depthwise, depthwise_model
-from tritonconv.conv.algorithms.common import MAX_GRID_Z
+from tritonconv.conv.algorithms.common import MAX_GRID_Z, TileConfig
+from tritonconv.conv.algorithms.split import splits_of
 from tritonconv.conv.dispatch import OPERATORS, ConvOperator
 from tritonconv.conv.problem import Direction
 from tritonconv.runtime.device import nominal_device
@@ -111,3 +113,22 @@ def test_grids_have_room_for_the_phases_of_a_stride() -> None:
             for config in list(algorithm.configs(problem, H100))[:20]:
                 plan = algorithm.plan(problem, config)
                 assert plan is None or all(max(c.grid[1:]) <= MAX_GRID_Z for c in plan.calls)
+
+
+@pytest.mark.parametrize(
+    ("fields", "splits"),
+    [
+        ({"K": 3, "P": 1}, 4),
+        ({"K": 3, "S": 2, "P": 1}, 4),
+        ({"K": 1, "S": 2}, 1),  # three of four phases meet no tap
+        ({"K": 3, "S": 2, "P": 2, "dilation": 2}, 1),  # taps meet even phases only
+        ({"K": "2x3", "S": "3x2"}, 1),
+    ],
+)
+def test_gradients_with_phases_without_taps_are_not_split(
+    fields: dict[str, Any], splits: int
+) -> None:
+    """On a GPU, parts of such sums were missing."""
+    problem = OPERATORS[Direction.DGRAD, 2].parse({"C": 16, "M": 512, "H": 9, **fields})
+    config = TileConfig(16, 16, 16, 4, 2, split_k=4)
+    assert splits_of(problem, config) == splits
