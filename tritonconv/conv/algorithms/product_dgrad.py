@@ -130,12 +130,6 @@ def conv_dgrad_kernel(
     taps_h = _taps_from(first_r, KERNEL_H, STEP_H)
     taps_w = _taps_from(first_s, KERNEL_W, STEP_W)
     taps = _taps_from(first_t, KERNEL_D, STEP_D) * taps_h * taps_w
-    steps = tl.cdiv(FILTERS, BLOCK_K) * taps
-    # A phase may have no tap, and its loop no step; but the loop's first divisions are moved before
-    # it, and LLVM may take it that no divisor is zero.
-    taps = tl.maximum(taps, 1)
-    taps_h = tl.maximum(taps_h, 1)
-    taps_w = tl.maximum(taps_w, 1)
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     image, plane, row, column = position(m, (planes, rows, columns))
@@ -148,7 +142,7 @@ def conv_dgrad_kernel(
 
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    begin, end = split_range(steps, split, SPLITS)
+    begin, end = split_range(tl.cdiv(FILTERS, BLOCK_K) * taps, split, SPLITS)
     for step in range(begin, end):
         tap = step % taps
         line = tap // taps_w

@@ -109,8 +109,8 @@ def splittable(problem: ConvProblem) -> bool:
     """Whether the sum of a product over pixels may be split.
 
     On an H100 split input gradients of a problem with phases that no tap meets left some parts
-    unwritten: the loop divided by their number of taps. That is mended and not yet seen on a GPU,
-    as are splits on three axes at all; both stay whole until then.
+    unwritten, probably as the loop divides by their number of taps. These stay whole, and so do
+    all on three axes until a GPU has shown them right.
     """
     if problem.direction is not Direction.DGRAD:
         return True
