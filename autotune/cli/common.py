@@ -65,6 +65,13 @@ ShapesOption = Annotated[
         "--shapes", help='A suite, a JSON file, or a shape: "N=8,C=64,M=64,H=56,K=3,P=1".'
     ),
 ]
+SeveralShapesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shapes",
+        help='A suite, a JSON file, or a shape: "N=8,C=64,M=64,H=56,K=3,P=1"; repeat for several.',
+    ),
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(

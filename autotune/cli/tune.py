@@ -42,7 +42,7 @@ from .common import (
     OperatorsArgument,
     Output,
     QuietOption,
-    ShapesOption,
+    SeveralShapesOption,
     SizeOption,
     TargetOption,
     VerboseOption,
@@ -64,7 +64,7 @@ class RankLostError(TritonConvError):
 
 def tune(
     operators: OperatorsArgument = None,
-    shapes: ShapesOption = None,
+    shapes: SeveralShapesOption = None,
     model: ModelOption = None,
     missed: Annotated[
         bool,
@@ -139,8 +139,12 @@ def tune(
         raise bad_value("tune", "one of --shapes, --model, --missed", ", ".join(named) or "none")
     if not dry_run:
         require_gpu()
-    if shapes is not None:
-        pairs = pairs_of(operators, shapes, dtypes=dtype, layouts=layout)
+    if shapes:
+        pairs = [
+            pair
+            for one in shapes
+            for pair in pairs_of(operators, one, dtypes=dtype, layouts=layout)
+        ]
     elif model is not None:
         pairs = _model_pairs(
             model, model_args, operators, batch, parse_size(size), channels, dtype, layout
@@ -182,8 +186,10 @@ def tune(
         raise typer.Exit(ExitCode.PARTIAL)
 
 
-def _sources(shapes: str | None, model: str | None, missed: bool) -> tuple[tuple[str, bool], ...]:
-    return ("--shapes", shapes is not None), ("--model", model is not None), ("--missed", missed)
+def _sources(
+    shapes: Sequence[str] | None, model: str | None, missed: bool
+) -> tuple[tuple[str, bool], ...]:
+    return ("--shapes", bool(shapes)), ("--model", model is not None), ("--missed", missed)
 
 
 def _run(

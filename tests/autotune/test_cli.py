@@ -135,6 +135,14 @@ def test_a_file_of_shapes(cache: Path, scale: Scale, lab: PlaybackLab, tmp_path:
     assert [row["problem"]["size"] for row in value["reports"]] == [10, 20]
 
 
+def test_several_shapes_are_tuned_at_once_and_each_problem_once(
+    cache: Path, scale: Scale, lab: PlaybackLab
+) -> None:
+    shapes = ("--shapes", "size=64", "--shapes", "size=32", "--shapes", "size=64")
+    value = as_json(cache, "tune", scale.name, *shapes, "-q")
+    assert [row["problem"]["size"] for row in value["reports"]] == [64, 32]
+
+
 def test_bench_compares_tuned_default_and_torch(
     cache: Path, scale: Scale, lab: PlaybackLab
 ) -> None:
