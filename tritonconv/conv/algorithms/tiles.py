@@ -130,7 +130,7 @@ def tile_default(problem: ConvProblem, device: DeviceFacts, split_sum: bool = Fa
             m, n = min(block_m, 64), min(block_n, 64)
             split = product_split(problem, m, n, block_k, device.sm_count)
             if split > 1:
-                return TileConfig(m, n, block_k, 4, 3, split_k=split)
+                return TileConfig(m, n, block_k, 4, 3, split_k=split, one_launch=1)
         while block_m > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor:
             block_m //= 2
         while block_n > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor // 2:
@@ -198,6 +198,7 @@ def tile_space(
             return (1, best, 2 * best) if split_sum and best > 1 else (1,)
 
         parameters.append(Derived("split_k", parts))
+        parameters.append(Derived("one_launch", lambda split_k: (1, 0) if split_k > 1 else (0,)))
         return ConfigSpace(
             TileConfig,
             tuple(parameters),
@@ -219,6 +220,7 @@ def tile_space(
         return around(wgrad_split(problem, block_m, block_n, device.sm_count))
 
     parameters.append(Derived("split_k", splits))
+    parameters.append(Choice("one_launch", (0,)))
     constraints.append(
         Constraint(
             "splits",
