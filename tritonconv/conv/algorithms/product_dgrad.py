@@ -196,19 +196,18 @@ def conv_dgrad_kernel(
 
     in_channel = group * CHANNELS + n
     mask = mask_m[:, None] & mask_n[None, :]
+    if SPLITS > 1 and not ONE_LAUNCH:
+        pixel = (image * in_size[0] + in_plane) * in_size[1] + in_row
+        pixel = pixel * in_size[2] + in_column
+        channels = tl.num_programs(1) * CHANNELS
+        all_pixels = pixels_of(batch, in_size)
+        store_partial(acc, parts_ptr, split, pixel, all_pixels, in_channel, channels, mask)
+        return
     whole = True
     if SPLITS > 1:
-        if ONE_LAUNCH:
-            tile = (phase * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
-            store_part(acc, parts_ptr, tile, split, SPLITS)
-            whole = last_to_arrive(arrivals_ptr + tile, SPLITS)
-        else:
-            pixel = (image * in_size[0] + in_plane) * in_size[1] + in_row
-            pixel = pixel * in_size[2] + in_column
-            channels = tl.num_programs(1) * CHANNELS
-            all_pixels = pixels_of(batch, in_size)
-            store_partial(acc, parts_ptr, split, pixel, all_pixels, in_channel, channels, mask)
-            whole = False
+        tile = (phase * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
+        store_part(acc, parts_ptr, tile, split, SPLITS)
+        whole = last_to_arrive(arrivals_ptr + tile, SPLITS)
     if whole:
         if SPLITS > 1:
             total = add_parts(parts_ptr, tile, SPLITS, BLOCK_M, BLOCK_N)

@@ -142,16 +142,15 @@ def conv_forward_kernel(
         acc = matmul_step(a, b, acc, PRECISION, UPCAST)
 
     mask = mask_m[:, None] & mask_n[None, :]
+    if SPLITS > 1 and not ONE_LAUNCH:
+        filters = tl.num_programs(1) * FILTERS
+        store_partial(acc, parts_ptr, split, m, pixels, out_channel, filters, mask)
+        return
     whole = True
     if SPLITS > 1:
-        if ONE_LAUNCH:
-            tile = group * tl.num_programs(0) + tl.program_id(0)
-            store_part(acc, parts_ptr, tile, split, SPLITS)
-            whole = last_to_arrive(arrivals_ptr + tile, SPLITS)
-        else:
-            filters = tl.num_programs(1) * FILTERS
-            store_partial(acc, parts_ptr, split, m, pixels, out_channel, filters, mask)
-            whole = False
+        tile = group * tl.num_programs(0) + tl.program_id(0)
+        store_part(acc, parts_ptr, tile, split, SPLITS)
+        whole = last_to_arrive(arrivals_ptr + tile, SPLITS)
     if whole:
         if SPLITS > 1:
             total = add_parts(parts_ptr, tile, SPLITS, BLOCK_M, BLOCK_N)
