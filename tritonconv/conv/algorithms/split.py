@@ -83,9 +83,7 @@ def last_to_arrive(counter_ptr, parts):
 
 
 @triton.jit
-def add_parts(
-    parts_ptr, tile, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def add_parts(parts_ptr, tile, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum of what :func:`store_part` wrote for a tile, in the order of the parts."""
     base = parts_ptr + tile.to(tl.int64) * (SPLITS * ROWS * COLUMNS)
     row = tl.arange(0, ROWS)
