@@ -41,6 +41,7 @@ from .common import (
     NoColorOption,
     OperatorsArgument,
     Output,
+    PrecisionOption,
     QuietOption,
     ShapesOption,
     SizeOption,
@@ -76,6 +77,7 @@ def tune(
     channels: ChannelsOption = None,
     dtype: DtypeOption = None,
     layout: LayoutOption = None,
+    precision: PrecisionOption = None,
     effort: Annotated[
         Effort, typer.Option("--effort", help="How much of each space to try.")
     ] = Effort.QUICK,
@@ -137,10 +139,12 @@ def tune(
     named = [name for name, given in _sources(shapes, model, missed) if given]
     if len(named) != 1:
         raise bad_value("tune", "one of --shapes, --model, --missed", ", ".join(named) or "none")
+    if precision and shapes is None:
+        raise bad_value("--precision", "with --shapes", "without")
     if not dry_run:
         require_gpu()
     if shapes is not None:
-        pairs = pairs_of(operators, shapes, dtypes=dtype, layouts=layout)
+        pairs = pairs_of(operators, shapes, dtypes=dtype, layouts=layout, precisions=precision)
     elif model is not None:
         pairs = _model_pairs(
             model, model_args, operators, batch, parse_size(size), channels, dtype, layout
