@@ -41,6 +41,7 @@ from .common import (
     NoColorOption,
     OperatorsArgument,
     Output,
+    PrecisionOption,
     QuietOption,
     SeveralShapesOption,
     SizeOption,
@@ -76,6 +77,7 @@ def tune(
     channels: ChannelsOption = None,
     dtype: DtypeOption = None,
     layout: LayoutOption = None,
+    precision: PrecisionOption = None,
     effort: Annotated[
         Effort, typer.Option("--effort", help="How much of each space to try.")
     ] = Effort.QUICK,
@@ -137,13 +139,15 @@ def tune(
     named = [name for name, given in _sources(shapes, model, missed) if given]
     if len(named) != 1:
         raise bad_value("tune", "one of --shapes, --model, --missed", ", ".join(named) or "none")
+    if precision and not shapes:
+        raise bad_value("--precision", "with --shapes", "without")
     if not dry_run:
         require_gpu()
     if shapes:
         pairs = [
             pair
             for one in shapes
-            for pair in pairs_of(operators, one, dtypes=dtype, layouts=layout)
+            for pair in pairs_of(operators, one, dtypes=dtype, layouts=layout, precisions=precision)
         ]
     elif model is not None:
         pairs = _model_pairs(

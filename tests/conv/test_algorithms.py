@@ -223,23 +223,25 @@ def test_coordinates_and_operands_of_the_result(
     run_problem(dataclasses.replace(problem, epilogue=spec), algorithm, device)
 
 
+@pytest.mark.parametrize("one_launch", [1, 0], ids=["one launch", "two"])
 @pytest.mark.parametrize("split", [2, 5, 999])
-@pytest.mark.parametrize("case", ["3x3", "groups, stride 2", "an axis each"])
+@pytest.mark.parametrize("case", ["3x3", "groups, stride 2", "kernel below stride", "an axis each"])
 @pytest.mark.parametrize("direction", FUSED, ids=ids)
 def test_split_sums_of_products_over_pixels(
     direction: Direction,
     case: str,
     split: int,
+    one_launch: int,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Parts are added in a fixed order by a second kernel, which applies the epilogue."""
+    """Parts are added in a fixed order, by the last program of a tile or by a second kernel."""
     if split == 5:  # with offsets of 64 bits as well
         monkeypatch.setattr(ConvProblem, "wide", property(lambda self: True))
     fields = {**PROBLEMS[case], "epilogue": f"{FUSED[direction]}+acc"}
     problem = OPERATORS[direction, rank_of(fields)].parse(fields)
     name = "dense" if problem.groups == 1 else "grouped"
-    config = TileConfig(16, 16, 16, 4, 2, split_k=split)
+    config = TileConfig(16, 16, 16, 4, 2, split_k=split, one_launch=one_launch)
     first, second = (run_problem(problem, name, device, config) for _ in range(2))
     assert all(torch.equal(first[output], second[output]) for output in first)
 

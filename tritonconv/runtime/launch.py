@@ -7,12 +7,14 @@ launches the compiled kernel directly, with a pointer list patched into a prepar
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from .arrivals import arrival_counters
 from .compat import direct_launcher, interpreting, unfit
 from .errors import bad_value
 from .plan import KernelCall, LaunchPlan, Slot
@@ -128,7 +130,10 @@ class Executable:
         if self.workspaces or self.zeroed:
             held = list(tensors)
             for space in self.workspaces:
-                held.append(torch.empty(space.shape, dtype=space.dtype, device=device))
+                if space.counters:
+                    held.append(arrival_counters(math.prod(space.shape), device))
+                else:
+                    held.append(torch.empty(space.shape, dtype=space.dtype, device=device))
             for index in self.zeroed:
                 held[index].zero_()
         if self._fast is not None:

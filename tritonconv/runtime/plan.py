@@ -48,11 +48,20 @@ class KernelCall:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A temporary tensor that the executor allocates for one run of the plan."""
+    """A temporary tensor that the executor allocates for one run of the plan.
+
+    Attributes:
+        name: of its slot.
+        shape: its sizes, at least.
+        dtype: of its elements; int32 where they are counters.
+        counters: all elements are zero before the kernels run, which leave them zero. A plan has
+            one such workspace at most.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    counters: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,16 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class TileConfig(Config):
-    """Tile of an implicit matrix product and how it is executed."""
+    """Tile of an implicit matrix product and how it is executed.
+
+    Attributes:
+        block_m, block_n, block_k: rows, columns and depth of a tile.
+        num_warps, num_stages: of the kernel.
+        group_m: rows of tiles whose columns are computed together.
+        split_k: parts of the sum.
+        one_launch: whether the program that stores the last part of a tile adds them all (1);
+            otherwise a second kernel does.
+    """
 
     block_m: int
     block_n: int
@@ -33,6 +42,7 @@ class TileConfig(Config):
     num_stages: int
     group_m: int = 8
     split_k: int = 1
+    one_launch: int = 0
 
 
 def unsupported_dtype(problem: ConvProblem) -> str | None:
