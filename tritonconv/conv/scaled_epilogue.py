@@ -1,0 +1,150 @@
+"""The scales of a float8 convolution and the quantisation of its result, as an epilogue.
+
+Scales and the bias are captured tensors of the generated function: it reads them on the device, so
+that no scale is ever waited for and a captured graph follows scales that change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .epilogue import build_epilogue, check_arity, wanted_coordinates
+from .problem import FLOAT8
+
+Tensor = torch.Tensor
+
+LARGEST = torch.finfo(FLOAT8).max
+
+# What the function is traced with, in place of the tensors of a call.
+SCALE_INPUT = torch.ones(())
+SCALE_WEIGHT = torch.ones(1)
+BIAS = torch.ones(1)
+SCALE_OUTPUT = torch.ones(())
+
+_STAND_INS = {
+    "scale_input": SCALE_INPUT,
+    "scale_weight": SCALE_WEIGHT,
+    "bias": BIAS,
+    "scale_output": SCALE_OUTPUT,
+}
+
+
+class Scaling(NamedTuple):
+    """What is done to a sum of products around the user's function.
+
+    Attributes:
+        scaled: it is multiplied by the scales of input and weight.
+        bias: a bias is added.
+        quantised: the result is cut to the range of float8.
+        divided: before that it is divided by the scale of the output.
+    """
+
+    scaled: bool
+    bias: bool
+    quantised: bool
+    divided: bool
+
+
+class ScaledEpilogue(NamedTuple):
+    """A traced epilogue with scales.
+
+    Attributes:
+        key: of the registered program.
+        order: what the program captures, by name: an argument of the call, or the index of a
+            tensor of the user's function.
+        captures: the tensors of the user's function.
+    """
+
+    key: str
+    order: tuple[str, ...]
+    captures: tuple[Tensor, ...]
+
+
+def scaled_epilogue(
+    fn: Callable[..., Any] | None,
+    scaling: Scaling,
+    operand_dtypes: tuple[torch.dtype, ...],
+    rank: int,
+    lifted: bool = False,
+) -> ScaledEpilogue:
+    """Trace ``fn`` with scales around it.
+
+    Args:
+        fn: the user's function; None is the identity.
+        scaling: what happens before and after it.
+        operand_dtypes, rank, lifted: see :func:`build_epilogue`.
+    """
+    asked: tuple[str, ...] = ()
+    if callable(fn):
+        asked = wanted_coordinates(fn, rank)
+        check_arity(fn, 1 + len(operand_dtypes), asked)
+        wrapped = functools.partial(_scaled, fn, scaling, asked)
+    elif fn is None:
+        wrapped = functools.partial(_scaled, None, scaling, asked)
+    else:
+        wrapped = fn  # refused with the name that the user gave it
+    epilogue = build_epilogue(wrapped, False, operand_dtypes, torch.float32, rank, lifted)
+    order: list[str] = []
+    own: list[Tensor] = []
+    for capture in epilogue.captures:
+        name = next((name for name, tensor in _STAND_INS.items() if tensor is capture), None)
+        if name is None:
+            name = str(len(own))
+            own.append(capture)
+        order.append(name)
+    return ScaledEpilogue(epilogue.key, tuple(order), tuple(own))
+
+
+def _scaled(
+    fn: Callable[..., Any] | None,
+    scaling: Scaling,
+    asked: tuple[str, ...],
+    y: Tensor,
+    *operands: Tensor,
+    n: Any = None,
+    c: Any = None,
+    d: Any = None,
+    h: Any = None,
+    w: Any = None,
+) -> Tensor:
+    if scaling.scaled:
+        y = y * (SCALE_INPUT * SCALE_WEIGHT[c])
+    if scaling.bias:
+        y = y + BIAS[c]
+    if fn is not None:
+        coordinates = {"n": n, "c": c, "d": d, "h": h, "w": w}
+        y = fn(y, *operands, **{name: coordinates[name] for name in asked})
+    if scaling.divided:
+        y = y * torch.reciprocal(SCALE_OUTPUT)
+    if scaling.quantised:
+        y = torch.clamp(y, -LARGEST, LARGEST)
+    return y
+
+
+@torch.compiler.assume_constant_result
+def scaled_key(
+    fn: Callable[..., Any] | None,
+    scaling: tuple[bool, ...],
+    operand_dtypes: tuple[torch.dtype, ...],
+    rank: int,
+    lifted: bool,
+) -> tuple[str, ...]:
+    """The key of the program, then the names of what it captures: constants when compiling."""
+    found = scaled_epilogue(fn, Scaling(*scaling), operand_dtypes, rank, lifted)
+    return (found.key, *found.order)
+
+
+@torch.compiler.assume_constant_result
+def scaled_captures(
+    fn: Callable[..., Any] | None,
+    scaling: tuple[bool, ...],
+    operand_dtypes: tuple[torch.dtype, ...],
+    rank: int,
+    lifted: bool,
+) -> list[Tensor]:
+    """Tensors that the user's function reads at computed indices."""
+    return list(scaled_epilogue(fn, Scaling(*scaling), operand_dtypes, rank, lifted).captures)
