@@ -182,9 +182,10 @@ class ConvOperator(Operator):
 def _scales(problem: ConvProblem) -> EpilogueSpec:
     """The epilogue of a problem with float8 operands or a float8 result: its scales alone."""
     quantised = problem.out_dtype is FLOAT8
-    scaling = Scaling(problem.dtype is FLOAT8, False, quantised, quantised)
+    scaled, filters = problem.dtype is FLOAT8, problem.out_channels
+    scaling = Scaling(scaled, False, quantised, quantised, filters)
     found = scaled_epilogue(None, scaling, (), len(problem.in_size))
-    shapes = [(problem.out_channels,) if n == "scale_weight" else () for n in found.order]
+    shapes = [(filters,) if name == "scale_weight" else () for name in found.order]
     return EpilogueSpec(
         found.key,
         capture_dtypes=(torch.float32,) * len(shapes),

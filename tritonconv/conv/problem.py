@@ -559,14 +559,14 @@ def _out_dtype(direction: Direction, dtype: str, asked: str | None) -> torch.dty
     float8 = DTYPES[dtype] is FLOAT8
     if direction is not Direction.FORWARD:
         if float8 or asked not in (None, dtype):
-            raise bad_value("dtype", "no float8 in a gradient, which none has", repr(asked or dtype))
+            raise bad_value(
+                "dtype", "no float8 in a gradient, which none has", repr(asked or dtype)
+            )
         return None
     if asked is None:
         return torch.bfloat16 if float8 else None
-    if float8:
-        given = [name for name in DTYPES if name != "float64"]
-    else:
-        given = [dtype, "float8_e4m3fn"]
+    every = [name for name in DTYPES if name != "float64"]
+    given = every if float8 else [dtype, "float8_e4m3fn"]
     if asked not in given:
         raise bad_value("output_dtype", " | ".join(given), repr(asked))
     return None if asked == dtype and not float8 else DTYPES[asked]

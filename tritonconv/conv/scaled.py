@@ -12,7 +12,7 @@ from . import arguments, ops, pytorch
 from .arguments import IntOrInts
 from .epilogue import apply_to_whole, made_in_compiled_code
 from .problem import FAST_ACCUM, FLOAT8, output_size
-from .scaled_epilogue import LARGEST, Scaling, scaled_captures, scaled_key
+from .scaled_epilogue import LARGEST, scaled_captures, scaled_key
 from .scaled_ops import CONV_QUANTIZED
 
 Tensor = torch.Tensor
@@ -355,7 +355,13 @@ def _fused(
     operands: list[Tensor],
 ) -> Tensor:
     quantised = out_dtype is FLOAT8
-    scaling = (x.dtype is FLOAT8, "bias" in scales, quantised, "scale_output" in scales)
+    scaling = (
+        x.dtype is FLOAT8,
+        "bias" in scales,
+        quantised,
+        "scale_output" in scales,
+        w.shape[0],
+    )
     dtypes = tuple([operand.dtype for operand in operands])
     key, *order = scaled_key(epilogue, scaling, dtypes, rank, rank == 1)
     own = scaled_captures(epilogue, scaling, dtypes, rank, rank == 1)
@@ -431,16 +437,16 @@ def _scalar(name: str, scale: Any, device: torch.device) -> Tensor:
     _check_scale(name, scale, device)
     if scale.numel() != 1:
         raise bad_value(name, "one element", tuple(scale.shape))
-    return scale.reshape(())  # type: ignore[no-any-return]
+    return scale.reshape(())
 
 
 def _per_channel(name: str, scale: Any, filters: int, device: torch.device) -> Tensor:
     _check_scale(name, scale, device)
     if scale.numel() == 1:
-        return scale.reshape(1).expand(filters)  # type: ignore[no-any-return]
+        return scale.reshape(1).expand(filters)
     if scale.shape[0] != filters or scale.numel() != filters:
         raise bad_value(name, f"one element or shape ({filters},)", tuple(scale.shape))
-    return scale.reshape(filters)  # type: ignore[no-any-return]
+    return scale.reshape(filters)
 
 
 def _check_out_dtype(
@@ -452,7 +458,9 @@ def _check_out_dtype(
         return out_dtype
     if dtype is not FLOAT8:
         raise bad_value(
-            "out_dtype", f"{FLOAT8} for an input of dtype {dtype} (conv1d, 2d, 3d keep it)", out_dtype
+            "out_dtype",
+            f"{FLOAT8} of a {dtype} input (conv1d, 2d, 3d keep its dtype)",
+            out_dtype,
         )
     if out_dtype not in _WIDE:
         raise bad_value("out_dtype", "bfloat16, float16, float32 or float8_e4m3fn", out_dtype)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..runtime.errors import bad_type
 from .epilogue import build_epilogue, check_arity, wanted_coordinates
 from .problem import FLOAT8
 
@@ -19,18 +20,16 @@ Tensor = torch.Tensor
 
 LARGEST = torch.finfo(FLOAT8).max
 
-# What the function is traced with, in place of the tensors of a call.
-SCALE_INPUT = torch.ones(())
-SCALE_WEIGHT = torch.ones(1)
-BIAS = torch.ones(1)
-SCALE_OUTPUT = torch.ones(())
 
-_STAND_INS = {
-    "scale_input": SCALE_INPUT,
-    "scale_weight": SCALE_WEIGHT,
-    "bias": BIAS,
-    "scale_output": SCALE_OUTPUT,
-}
+@functools.cache
+def _stand_ins(filters: int) -> dict[str, Tensor]:
+    """What the function is traced with, in place of the tensors of a call."""
+    return {
+        "scale_input": torch.ones(()),
+        "scale_weight": torch.ones(1).expand(filters),
+        "bias": torch.ones(1).expand(filters),
+        "scale_output": torch.ones(()),
+    }
 
 
 class Scaling(NamedTuple):
@@ -41,12 +40,14 @@ class Scaling(NamedTuple):
         bias: a bias is added.
         quantised: the result is cut to the range of float8.
         divided: before that it is divided by the scale of the output.
+        filters: number of output channels.
     """
 
     scaled: bool
     bias: bool
     quantised: bool
     divided: bool
+    filters: int
 
 
 class ScaledEpilogue(NamedTuple):
@@ -79,19 +80,18 @@ def scaled_epilogue(
         operand_dtypes, rank, lifted: see :func:`build_epilogue`.
     """
     asked: tuple[str, ...] = ()
-    if callable(fn):
+    if fn is not None and not callable(fn):
+        raise bad_type("epilogue", "a function of 0-d tensors or None", type(fn).__name__)
+    if fn is not None:
         asked = wanted_coordinates(fn, rank)
         check_arity(fn, 1 + len(operand_dtypes), asked)
-        wrapped = functools.partial(_scaled, fn, scaling, asked)
-    elif fn is None:
-        wrapped = functools.partial(_scaled, None, scaling, asked)
-    else:
-        wrapped = fn  # refused with the name that the user gave it
+    stand_ins = _stand_ins(scaling.filters)
+    wrapped = functools.partial(_scaled, fn, scaling, asked, *stand_ins.values())
     epilogue = build_epilogue(wrapped, False, operand_dtypes, torch.float32, rank, lifted)
     order: list[str] = []
     own: list[Tensor] = []
     for capture in epilogue.captures:
-        name = next((name for name, tensor in _STAND_INS.items() if tensor is capture), None)
+        name = next((name for name, tensor in stand_ins.items() if tensor is capture), None)
         if name is None:
             name = str(len(own))
             own.append(capture)
@@ -103,6 +103,10 @@ def _scaled(
     fn: Callable[..., Any] | None,
     scaling: Scaling,
     asked: tuple[str, ...],
+    scale_input: Tensor,
+    scale_weight: Tensor,
+    bias: Tensor,
+    scale_output: Tensor,
     y: Tensor,
     *operands: Tensor,
     n: Any = None,
@@ -112,14 +116,14 @@ def _scaled(
     w: Any = None,
 ) -> Tensor:
     if scaling.scaled:
-        y = y * (SCALE_INPUT * SCALE_WEIGHT[c])
+        y = y * (scale_input * scale_weight[c])
     if scaling.bias:
-        y = y + BIAS[c]
+        y = y + bias[c]
     if fn is not None:
         coordinates = {"n": n, "c": c, "d": d, "h": h, "w": w}
         y = fn(y, *operands, **{name: coordinates[name] for name in asked})
     if scaling.divided:
-        y = y * torch.reciprocal(SCALE_OUTPUT)
+        y = y * torch.reciprocal(scale_output)
     if scaling.quantised:
         y = torch.clamp(y, -LARGEST, LARGEST)
     return y
@@ -128,7 +132,7 @@ def _scaled(
 @torch.compiler.assume_constant_result
 def scaled_key(
     fn: Callable[..., Any] | None,
-    scaling: tuple[bool, ...],
+    scaling: tuple[Any, ...],
     operand_dtypes: tuple[torch.dtype, ...],
     rank: int,
     lifted: bool,
@@ -141,7 +145,7 @@ def scaled_key(
 @torch.compiler.assume_constant_result
 def scaled_captures(
     fn: Callable[..., Any] | None,
-    scaling: tuple[bool, ...],
+    scaling: tuple[Any, ...],
     operand_dtypes: tuple[torch.dtype, ...],
     rank: int,
     lifted: bool,

@@ -153,8 +153,9 @@ class _ForwardOnly(library.OpFunction):
     """What a ``torch.func`` transform sees: whether it differentiates shows in backward only."""
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return CONV_QUANTIZED.below_autograd(*args)  # type: ignore[no-any-return]
+    def forward(count: int, rest: tuple[Any, ...], x: Tensor, w: Tensor, *tensors: Tensor) -> Any:
+        operands, captures = list(tensors[:count]), list(tensors[count:])
+        return CONV_QUANTIZED.below_autograd(x, w, operands, captures, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -172,10 +173,12 @@ def _refuse() -> None:
     )
 
 
-def _no_gradient(*args: Any) -> Any:
+def _no_gradient(
+    x: Tensor, w: Tensor, operands: list[Tensor], captures: list[Tensor], *rest: Any
+) -> Any:
     if not torch._C._are_functorch_transforms_active():
         _refuse()
-    return _ForwardOnly.run(*args)
+    return _ForwardOnly.run(len(operands), rest, x, w, *operands, *captures)
 
 
 CONV_QUANTIZED = library.define(

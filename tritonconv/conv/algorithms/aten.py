@@ -57,7 +57,8 @@ class Aten(Algorithm):
         geometry = (problem.stride, pads, problem.dilation, problem.groups)
         a, b = tensors[first], tensors[second]
         if problem.dtype is FLOAT8:
-            wide = torch.float32 if problem.out_dtype is torch.float32 else torch.bfloat16
+            exact = problem.out_dtype is torch.float32 or not a.is_cuda
+            wide = torch.float32 if exact else torch.bfloat16
             a, b = a.to(wide), b.to(wide)
         allow_tf32 = problem.precision == "tf32" if problem.dtype is torch.float32 else None
         with cudnn_settings(allow_tf32=allow_tf32, deterministic=not settings.atomics):
