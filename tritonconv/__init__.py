@@ -9,6 +9,13 @@ from .conv.api import (
     conv_transpose2d,
     conv_transpose3d,
 )
+from .conv.scaled import (
+    quantize_per_channel,
+    quantize_per_tensor,
+    scaled_conv1d,
+    scaled_conv2d,
+    scaled_conv3d,
+)
 from .runtime.backend import backend
 from .runtime.errors import TritonConvError
 from .runtime.explain import explain, tuning
@@ -26,6 +33,11 @@ __all__ = [
     "conv_transpose3d",
     "explain",
     "nn",
+    "quantize_per_channel",
+    "quantize_per_tensor",
+    "scaled_conv1d",
+    "scaled_conv2d",
+    "scaled_conv3d",
     "settings",
     "tuning",
 ]

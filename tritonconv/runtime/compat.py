@@ -104,18 +104,20 @@ def direct_launcher(compiled: Any) -> Callable[..., None] | None:
 
 
 def repair_interpreter() -> None:
-    """Mend two faults of Triton's interpreter; importing this module does it when interpreting.
+    """Mend faults of Triton's interpreter; importing this module does it when interpreting.
 
     A comparison carries the dtype of its operands there, so that broadcasting one of two float
     scalars makes a block of floats, on which ``&`` and ``|`` fail (Triton 3.6 to 3.9). A scalar
     that is kept as an array of one element cannot bound a loop once NumPy (2.4) refuses to make an
-    integer of it (Triton 3.6).
+    integer of it (Triton 3.6). Numbers are cut off where they should be rounded to float8, and NaN
+    of float8 is read as 480 (Triton 3.6 to 3.9).
     """
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
     create_splat = interpreter.InterpreterBuilder.create_splat
+    create_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
     patch_tensor = interpreter._patch_lang_tensor
     if getattr(create_splat, "repaired", False):
         return
@@ -131,8 +133,22 @@ def repair_interpreter() -> None:
         patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
+    def repaired_cast(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        other = target if source == tl.float8e4nv else source
+        if tl.float8e4nv not in (source, target) or other not in (tl.float32, tl.float16):
+            return create_fp_to_fp(self, src, dst_type, rounding_mode)
+        data = torch.from_numpy(np.array(src.data))
+        if source == tl.float8e4nv:
+            wide = torch.float32 if target == tl.float32 else torch.float16
+            data = data.view(torch.float8_e4m3fn).to(wide)
+        else:
+            data = data.to(torch.float8_e4m3fn).view(torch.uint8)
+        return interpreter.TensorHandle(data.numpy(), target)
+
     repaired_splat.repaired = True  # type: ignore[attr-defined]
     interpreter.InterpreterBuilder.create_splat = repaired_splat
+    interpreter.InterpreterBuilder.create_fp_to_fp = repaired_cast
     interpreter._patch_lang_tensor = repaired_patch
 
 

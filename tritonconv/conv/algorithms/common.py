@@ -17,7 +17,7 @@ from ...runtime.compat import interpreting
 from ...runtime.operators import Config
 from ...runtime.plan import Arg, Slot
 from ..epilogue import COORDINATES
-from ..problem import ConvProblem, Direction
+from ..problem import FLOAT8, ConvProblem, Direction
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -52,6 +52,11 @@ def unsupported_dtype(problem: ConvProblem) -> str | None:
     return None
 
 
+def unsupported_operands(problem: ConvProblem) -> str | None:
+    """The same for products on matrix instructions, which take float8 operands too."""
+    return None if problem.dtype is FLOAT8 else unsupported_dtype(problem)
+
+
 MAX_GRID_Y = MAX_GRID_Z = 65535
 
 
@@ -61,14 +66,14 @@ def unsupported_product(problem: ConvProblem) -> str | None:
         return f"more than {MAX_GRID_Y} groups"
     if problem.direction is Direction.DGRAD and math.prod(problem.stride) > MAX_GRID_Z:
         return f"more than {MAX_GRID_Z} phases of the stride"
-    return unsupported_dtype(problem)
+    return unsupported_operands(problem)
 
 
 def precision_constexprs(problem: ConvProblem) -> dict[str, Any]:
     """How products are formed. bfloat16 products are garbage in Triton's interpreter: upcast."""
     return {
         "PRECISION": problem.precision,
-        "UPCAST": interpreting() and problem.dtype is torch.bfloat16,
+        "UPCAST": interpreting() and problem.dtype in (torch.bfloat16, FLOAT8),
         "WIDE": problem.wide,
     }
 
@@ -102,7 +107,7 @@ def epilogue_arguments(problem: ConvProblem) -> EpilogueArguments:
 def slot_dtypes(problem: ConvProblem) -> dict[str, torch.dtype]:
     """The dtype of every slot of a problem, in slot order (inputs, outputs, extras)."""
     first, second, out = slot_names(problem.direction)
-    dtypes = {first: problem.dtype, second: problem.dtype, out: problem.dtype}
+    dtypes = {first: problem.dtype, second: problem.dtype, out: problem.result_dtype}
     spec = problem.epilogue
     if spec is not None:
         if spec.save_acc:
@@ -262,11 +267,26 @@ def widen(a):
 
 @triton.jit
 def matmul_step(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a · b with a float32 accumulator."""
+    """acc + a · b with a float32 accumulator.
+
+    Hopper's float8 instructions keep about 14 bits of a sum. Unless PRECISION is ``fast_accum``
+    such sums are of at most 128 products, and are added up in float32; other GPUs ignore it.
+    """
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    if a.dtype.is_fp8():
+        if PRECISION == "fast_accum":
+            acc = tl.dot(a, b, acc)
+        else:
+            DEPTH: tl.constexpr = a.shape[1]
+            EXACT: tl.constexpr = DEPTH if DEPTH < 128 else 128
+            acc = tl.dot(a, b, acc, max_num_imprecise_acc=EXACT)
+    elif PRECISION == "fast_accum":
+        acc = tl.dot(a, b, acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit

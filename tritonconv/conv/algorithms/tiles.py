@@ -183,8 +183,8 @@ def tile_default(problem: ConvProblem, device: DeviceFacts, split_sum: bool = Fa
     rows, columns, depth = product_shape(problem)
     wide_type = problem.dtype is torch.float32
     block_n = power_of_two(columns, 16, _most_columns(problem))
-    depth_max = 32 if wide_type else 64
-    block_k = power_of_two(depth, 16, depth_max)
+    depth_max = 128 // problem.dtype.itemsize
+    block_k = power_of_two(depth, _least_depth(problem), depth_max)
     block_m = power_of_two(rows, 16, 128)
     if problem.direction is Direction.WGRAD:
         # Splitting the reduction fills the GPU; small tiles would only re-read the operands.
@@ -222,10 +222,10 @@ def tile_space(
     scalar = problem.dtype is torch.float32 and problem.precision == "ieee"
     most_rows = triton.next_power_of_2(max(rows, 16))
     most_columns = triton.next_power_of_2(max(columns, 16))
-    half = problem.dtype.itemsize == 2
+    half = problem.dtype.itemsize <= 2
     wgrad = problem.direction is Direction.WGRAD
     k_max = 32 if scalar else 128 if half and not wgrad else 64
-    k_most = power_of_two(depth, 16, k_max)
+    k_most = power_of_two(depth, _least_depth(problem), k_max)
     small = small_product(problem, device.sm_count)
     k_least = (64 if half else 16 if scalar else 32) if small else 32 if half else 16
     parameters: list[Parameter] = [
@@ -360,6 +360,11 @@ def product_shape(problem: ConvProblem) -> tuple[int, int, int]:
 
 def _tiles(problem: ConvProblem, rows: int, columns: int, block_m: int, block_n: int) -> int:
     return problem.groups * triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+
+
+def _least_depth(problem: ConvProblem) -> int:
+    """What a step of a matrix instruction multiplies at least."""
+    return 32 if problem.dtype.itemsize == 1 else 16
 
 
 def _most_columns(problem: ConvProblem) -> int:
