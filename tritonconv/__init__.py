@@ -9,6 +9,7 @@ from .conv.api import (
     conv_transpose2d,
     conv_transpose3d,
 )
+from .conv.statistics import conv1d_with_stats, conv2d_with_stats, conv3d_with_stats
 from .runtime.backend import backend
 from .runtime.errors import TritonConvError
 from .runtime.explain import explain, tuning
@@ -19,8 +20,11 @@ __all__ = [
     "backend",
     "codegen",
     "conv1d",
+    "conv1d_with_stats",
     "conv2d",
+    "conv2d_with_stats",
     "conv3d",
+    "conv3d_with_stats",
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
