@@ -16,6 +16,7 @@ from .conv.scaled import (
     scaled_conv2d,
     scaled_conv3d,
 )
+from .conv.statistics import conv1d_with_stats, conv2d_with_stats, conv3d_with_stats
 from .runtime.backend import backend
 from .runtime.errors import TritonConvError
 from .runtime.explain import explain, tuning
@@ -26,8 +27,11 @@ __all__ = [
     "backend",
     "codegen",
     "conv1d",
+    "conv1d_with_stats",
     "conv2d",
+    "conv2d_with_stats",
     "conv3d",
+    "conv3d_with_stats",
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",

@@ -9,12 +9,13 @@ import torch
 
 from .arguments import IntOrInts
 from .calls import convolve
+from .fused_input_calls import convolve_fused
 
 Tensor = torch.Tensor
 
 
 def conv1d(
-    input: Tensor,
+    input: Tensor | tuple[Tensor, Tensor],
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntOrInts = 1,
@@ -25,6 +26,8 @@ def conv1d(
     epilogue: Callable[..., Any] | None = None,
     epilogue_args: Sequence[Tensor] = (),
     precision: str | None = None,
+    prologue: Callable[..., Any] | None = None,
+    prologue_args: Sequence[Tensor] = (),
 ) -> Tensor:
     """1-D convolution (cross-correlation) with an optional fused epilogue, differentiable twice.
 
@@ -46,6 +49,7 @@ def conv1d(
         epilogue: see :func:`conv2d`; its coordinates are ``n``, ``c``, ``w``.
         epilogue_args: tensors broadcastable to the output, read at the same element.
         precision: products of float32 operands; see :func:`conv2d`.
+        prologue, prologue_args: see :func:`conv2d`, also for a pair of inputs.
 
     Returns:
         (N, M, P) in the input's dtype; accumulation is in float32.
@@ -60,9 +64,26 @@ def conv1d(
         >>> tc.conv1d(x, w, padding="causal", dilation=4, epilogue=torch.tanh).shape
         torch.Size([2, 8, 32])
     """
+    if prologue is not None or prologue_args or type(input) in (tuple, list):
+        return convolve_fused(
+            1,
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            epilogue,
+            epilogue_args,
+            precision,
+            prologue,
+            prologue_args,
+            False,
+        )[0]
     return convolve(
         1,
-        input,
+        input,  # type: ignore[arg-type]  # no tuple: that was asked above
         weight,
         bias,
         stride,
@@ -77,7 +98,7 @@ def conv1d(
 
 
 def conv2d(
-    input: Tensor,
+    input: Tensor | tuple[Tensor, Tensor],
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntOrInts = 1,
@@ -88,6 +109,8 @@ def conv2d(
     epilogue: Callable[..., Any] | None = None,
     epilogue_args: Sequence[Tensor] = (),
     precision: str | None = None,
+    prologue: Callable[..., Any] | None = None,
+    prologue_args: Sequence[Tensor] = (),
 ) -> Tensor:
     """2-D convolution (cross-correlation) with an optional fused epilogue, differentiable twice.
 
@@ -95,7 +118,9 @@ def conv2d(
 
     Args:
         input: (N, C, H, W) or (C, H, W), any strides; float16, bfloat16, float32 (float64 is
-            served by PyTorch's kernel). The result keeps its memory format.
+            served by PyTorch's kernel). The result keeps its memory format. A pair of tensors
+            stands for ``torch.cat(input, 1)``, which is never written (one group, no prologue);
+            memory format and dtype are those of the first.
         weight: (M, C / groups, R, S), dtype of the input, any strides.
         bias: (M,), added to the float32 accumulator (PyTorch's kernel, where it is chosen or
             tensors are on the CPU, rounds the accumulator to the input's dtype first).
@@ -111,6 +136,12 @@ def conv2d(
             nearly float32) or ``"tf32"``. By default ``"tf32"`` when
             ``torch.backends.cudnn.allow_tf32`` is set and ``torch.get_float32_matmul_precision()``
             is not ``"highest"``, else ``"ieee"``.
+
+        prologue: a Python function of 0-d tensors ``g(x, *prologue_args)`` applied to every input
+            element as the kernel loads it; it may ask for coordinates of the input like an
+            epilogue. Padding is of its result: an element outside the map contributes 0, not
+            ``g(0)``.
+        prologue_args: vectors (C,), or tensors broadcastable to the input.
 
     Returns:
         (N, M, P, Q) in the input's dtype; accumulation is in float32.
@@ -128,9 +159,26 @@ def conv2d(
         >>> y.shape
         torch.Size([2, 8, 16, 16])
     """
+    if prologue is not None or prologue_args or type(input) in (tuple, list):
+        return convolve_fused(
+            2,
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            epilogue,
+            epilogue_args,
+            precision,
+            prologue,
+            prologue_args,
+            False,
+        )[0]
     return convolve(
         2,
-        input,
+        input,  # type: ignore[arg-type]  # no tuple: that was asked above
         weight,
         bias,
         stride,
@@ -145,7 +193,7 @@ def conv2d(
 
 
 def conv3d(
-    input: Tensor,
+    input: Tensor | tuple[Tensor, Tensor],
     weight: Tensor,
     bias: Tensor | None = None,
     stride: IntOrInts = 1,
@@ -156,6 +204,8 @@ def conv3d(
     epilogue: Callable[..., Any] | None = None,
     epilogue_args: Sequence[Tensor] = (),
     precision: str | None = None,
+    prologue: Callable[..., Any] | None = None,
+    prologue_args: Sequence[Tensor] = (),
 ) -> Tensor:
     """3-D convolution (cross-correlation) with an optional fused epilogue, differentiable twice.
 
@@ -170,6 +220,7 @@ def conv3d(
         epilogue: see :func:`conv2d`; its coordinates are ``n``, ``c``, ``d``, ``h``, ``w``.
         epilogue_args: tensors broadcastable to the output, read at the same element.
         precision: products of float32 operands; see :func:`conv2d`.
+        prologue, prologue_args: see :func:`conv2d`, also for a pair of inputs.
 
     Returns:
         (N, M, O, P, Q) in the input's dtype; accumulation is in float32.
@@ -184,9 +235,26 @@ def conv3d(
         >>> tc.conv3d(x, w, b, stride=(1, 2, 2), padding=1, epilogue=torch.relu).shape
         torch.Size([1, 4, 6, 4, 4])
     """
+    if prologue is not None or prologue_args or type(input) in (tuple, list):
+        return convolve_fused(
+            3,
+            input,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            epilogue,
+            epilogue_args,
+            precision,
+            prologue,
+            prologue_args,
+            False,
+        )[0]
     return convolve(
         3,
-        input,
+        input,  # type: ignore[arg-type]  # no tuple: that was asked above
         weight,
         bias,
         stride,

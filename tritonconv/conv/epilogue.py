@@ -149,7 +149,9 @@ def build_epilogue(
     return Epilogue(register_program(function.program), function.captures)
 
 
-def check_arity(fn: Callable[..., Any], positional: int, named: tuple[str, ...]) -> None:
+def check_arity(
+    fn: Callable[..., Any], positional: int, named: tuple[str, ...], role: str = "epilogue"
+) -> None:
     """Refuse a function that cannot take the operands before it is called with them."""
     try:
         signature = inspect.signature(fn)
@@ -162,8 +164,8 @@ def check_arity(fn: Callable[..., Any], positional: int, named: tuple[str, ...])
         place = f" ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else ""
         name = getattr(fn, "__name__", type(fn).__name__)
         raise ScalarArityError(
-            f"epilogue {name!r}{place}: it is called with the value and {positional - 1} of "
-            f"epilogue_args, but its signature is {signature}: {error}"
+            f"{role} {name!r}{place}: it is called with the value and {positional - 1} of "
+            f"{role}_args, but its signature is {signature}: {error}"
         ) from None
 
 

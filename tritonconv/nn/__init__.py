@@ -1,5 +1,6 @@
 """``torch.nn`` modules over the library's functions, and conversion of existing models."""
 
+from .batch_norm import ConvBatchNorm1d, ConvBatchNorm2d, ConvBatchNorm3d, Unnormalised
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .convert import ConversionReport, Converted, Kept, convert, revert
 
@@ -7,12 +8,16 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvBatchNorm1d",
+    "ConvBatchNorm2d",
+    "ConvBatchNorm3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
     "ConversionReport",
     "Converted",
     "Kept",
+    "Unnormalised",
     "convert",
     "revert",
 ]

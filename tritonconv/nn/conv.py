@@ -44,10 +44,15 @@ class Fused(_ConvNd):
 class PlainConv(Fused):
     """What the convolutions have in common."""
 
-    def forward(self, input: Tensor, *epilogue_args: Tensor) -> Tensor:
-        """Convolve; ``epilogue_args`` are the operands of the epilogue."""
+    def forward(self, input: Tensor | tuple[Tensor, Tensor], *epilogue_args: Tensor) -> Tensor:
+        """Convolve; ``epilogue_args`` are the operands of the epilogue.
+
+        A pair of inputs stands for its concatenation; see :func:`tritonconv.conv2d`.
+        """
         padding: Any = self.padding
         if self.padding_mode != "zeros":
+            if isinstance(input, (tuple, list)):
+                input = torch.cat(tuple(input), 1)
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return type(self)._function(
