@@ -217,9 +217,7 @@ class Executable:
             return
         if any(tensor.data_ptr() & _ALIGNMENT_MASK for tensor in held):
             return
-        found = [
-            call.fast(kernel) for call, kernel in zip(self.calls, compiled, strict=True)
-        ]
+        found = [call.fast(kernel) for call, kernel in zip(self.calls, compiled, strict=True)]
         steps = [step for step in found if step is not None]
         if len(steps) == len(found):
             self._fast = steps[0] if len(steps) == 1 else _in_turn(steps)

@@ -53,6 +53,8 @@ class Boxed(Algorithm):
             return wgrad_plan(problem, config)
         return product_plan(problem, config)
 
-    def footprint(self, problem: ConvProblem, config: BoxedConfig, device: DeviceFacts) -> Footprint:
+    def footprint(
+        self, problem: ConvProblem, config: BoxedConfig, device: DeviceFacts
+    ) -> Footprint:
         """Of the product; the sum of partial results is a second launch."""
         return boxed_footprint(problem, config, device)

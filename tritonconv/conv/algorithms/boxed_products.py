@@ -1,8 +1,8 @@
 """Products over boxes of pixels that the copy engine fetches, zeros where they leave the map.
 
 A tile of pixels is a box (images, planes, rows, columns); what a tap reads is the same box moved,
-one load of a tensor descriptor without addresses or masks. Boxes stay in shared memory as the
-right operand of a matrix instruction, and pass registers as the left one.
+one load of a tensor descriptor without addresses or masks. All operands of matrix instructions
+stay in shared memory where they were put.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ import triton.language as tl
 
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from ..problem import ConvProblem, Direction
-from .boxed_views import axes_of, box_shapes, pixel_boxes, weight_boxes
+from .boxed_views import (
+    Four,
+    axes_of,
+    box_shapes,
+    last_axis,
+    pixel_boxes,
+    run_shapes,
+    weight_boxes,
+)
 from .common import (
     TileConfig,
     epilogue_arguments,
@@ -62,7 +70,6 @@ def boxed_product_kernel(
     FIRST_W: tl.constexpr,
     ADJOINT: tl.constexpr,
     MERGED: tl.constexpr,
-    SWAPPED: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -79,7 +86,8 @@ def boxed_product_kernel(
     """result[p, m] = Σ_{tap,k} source[p + first + tap·hop, k] · weight[tap, (m, k) or (k, m)].
 
     ``size`` holds planes, rows and columns, all axes merged where the filter allows, ``map_size``
-    those of the result. SWAPPED computes the transposed tile, with pixels as the right operand.
+    those of the result. Columns are the rows of a tile and pixels its columns: a left operand that
+    is reshaped would pass registers, which Triton 3.6 overwrites while products still read them.
     """
     BLOCK_M: tl.constexpr = BOX_N * BOX_D * BOX_H * BOX_W
     TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
@@ -93,10 +101,7 @@ def boxed_product_kernel(
     column0 *= BOX_W
     n0 = tile_n * BLOCK_N
 
-    if SWAPPED:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(0, TAPS * tl.cdiv(DEPTH, BLOCK_K)):
         tap = step % TAPS
         k = step // TAPS * BLOCK_K
@@ -111,27 +116,14 @@ def boxed_product_kernel(
             ]
         ).reshape(BLOCK_M, BLOCK_K)
         if ADJOINT:
-            # [k, n]: the weight's rows are what is summed over.
-            filters = weight.load([tap, k, n0]).reshape(BLOCK_K, BLOCK_N)
-            if SWAPPED:
-                acc = matmul_step(tl.trans(filters), tl.trans(pixels), acc, PRECISION, UPCAST)
-            else:
-                acc = matmul_step(pixels, filters, acc, PRECISION, UPCAST)
+            # The weight's rows are what is summed over.
+            filters = tl.trans(weight.load([tap, k, n0]).reshape(BLOCK_K, BLOCK_N))
         else:
             filters = weight.load([tap, n0, k]).reshape(BLOCK_N, BLOCK_K)
-            if SWAPPED:
-                acc = matmul_step(filters, tl.trans(pixels), acc, PRECISION, UPCAST)
-            else:
-                acc = matmul_step(pixels, tl.trans(filters), acc, PRECISION, UPCAST)
+        acc = matmul_step(filters, tl.trans(pixels), acc, PRECISION, UPCAST)
 
-    m = tl.arange(0, BLOCK_M)
-    n = n0 + tl.arange(0, BLOCK_N)
-    if SWAPPED:
-        m = m[None, :]
-        n = n[:, None]
-    else:
-        m = m[:, None]
-        n = n[None, :]
+    m = tl.arange(0, BLOCK_M)[None, :]
+    n = (n0 + tl.arange(0, BLOCK_N))[:, None]
     image = image0 + m // (BOX_W * BOX_H * BOX_D)
     plane = plane0 + m // (BOX_W * BOX_H) % BOX_D
     row = row0 + m // BOX_W % BOX_H
@@ -168,14 +160,28 @@ def boxed_product_kernel(
 
 
 @triton.jit
+def load_run(tensor, image, plane, row, column, channel, RUN: tl.constexpr):
+    """Consecutive pixels along axis RUN, which is the last one of the descriptor."""
+    if RUN == 0:
+        values = tensor.load([plane, row, column, image, channel])
+    elif RUN == 1:
+        values = tensor.load([image, row, column, plane, channel])
+    elif RUN == 2:
+        values = tensor.load([image, plane, column, row, channel])
+    else:
+        values = tensor.load([image, plane, row, column, channel])
+    return values.reshape(values.shape[3], values.shape[4])
+
+
+@triton.jit
 def boxed_wgrad_kernel(
     grad,
     source,
     out_ptr,
-    images,
     size,
     w_strides,
-    boxes_per_split,
+    steps_per_split,
+    steps,
     CHANNELS: tl.constexpr,
     FILTERS: tl.constexpr,
     KERNEL_D: tl.constexpr,
@@ -192,23 +198,26 @@ def boxed_wgrad_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
+    RUN: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_D: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     """grad_w[o, tap, c] = Σ_p grad_y[p, o] · x[p + first + tap·hop, c] for TAPS taps a program.
 
-    The gradient's tile is read once for all of them. With PARTIAL every split of the boxes writes
-    its float32 sum to ``out_ptr[split, o, (tap, c)]``; otherwise the result goes to the weight.
+    A box of pixels is a run along one axis, so that its tile is a matrix as it is loaded: both
+    operands stay in shared memory. BLOCK_K pixels of a step are one run or several. The gradient's
+    tile is read once for all taps. With PARTIAL every split of the steps writes its float32 sum to
+    ``out_ptr[split, o, (tap, c)]``; otherwise the result goes to the weight.
     """
-    BLOCK_K: tl.constexpr = BOX_N * BOX_D * BOX_H * BOX_W
+    RUNS: tl.constexpr = BLOCK_K // (BOX_N * BOX_D * BOX_H * BOX_W)
     ALL: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     counts = (tl.cdiv(size[0], BOX_D), tl.cdiv(size[1], BOX_H), tl.cdiv(size[2], BOX_W))
-    boxes = tl.cdiv(images, BOX_N) * counts[0] * counts[1] * counts[2]
     tiles_c: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     tile_m, tile_n = grouped_tile(
         tl.program_id(0), tl.cdiv(FILTERS, BLOCK_M), (ALL // TAPS) * tiles_c, GROUP_M
@@ -221,28 +230,30 @@ def boxed_wgrad_kernel(
     accs = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
     for _ in tl.static_range(TAPS - 1):
         accs = accs + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
-    first = split * boxes_per_split
-    for box in range(first, tl.minimum(first + boxes_per_split, boxes)):
-        image, plane, row, column = position(box, counts)
-        image *= BOX_N
-        plane *= BOX_D
-        row *= BOX_H
-        column *= BOX_W
-        a = grad.load([image, plane, row, column, m0]).reshape(BLOCK_K, BLOCK_M)
-        added = ()
-        for index in tl.static_range(TAPS):
-            t, r, s = tap_position(tap0 + index, KERNEL_D, KERNEL_H, KERNEL_W)
-            b = source.load(
-                [
+    first = split * steps_per_split
+    for step in range(first, tl.minimum(first + steps_per_split, steps)):
+        for run in tl.static_range(RUNS):
+            # A run behind the last one lies behind the last image: zeros.
+            image, plane, row, column = position(step * RUNS + run, counts)
+            image *= BOX_N
+            plane *= BOX_D
+            row *= BOX_H
+            column *= BOX_W
+            a = load_run(grad, image, plane, row, column, m0, RUN)
+            added = ()
+            for index in tl.static_range(TAPS):
+                t, r, s = tap_position(tap0 + index, KERNEL_D, KERNEL_H, KERNEL_W)
+                b = load_run(
+                    source,
                     image,
                     plane + (t * HOP_D + FIRST_D),
                     row + (r * HOP_H + FIRST_H),
                     column + (s * HOP_W + FIRST_W),
                     c0,
-                ]
-            ).reshape(BLOCK_K, BLOCK_N)
-            added = added + (matmul_step(tl.trans(a), b, accs[index], PRECISION, UPCAST),)
-        accs = added
+                    RUN,
+                )
+                added = added + (matmul_step(tl.trans(a), b, accs[index], PRECISION, UPCAST),)
+            accs = added
 
     o = m0 + tl.arange(0, BLOCK_M)
     c = c0 + tl.arange(0, BLOCK_N)
@@ -279,19 +290,25 @@ def _geometry(problem: ConvProblem) -> dict[str, int]:
     return found
 
 
-def _box(shape: tuple[int, int, int, int]) -> dict[str, int]:
+def _box(shape: Four) -> dict[str, int]:
     return {f"BOX_{axis}": extent for axis, extent in zip("NDHW", shape, strict=True)}
 
 
-def shape_of(
-    size: tuple[int, int, int, int], pixels: int, index: int
-) -> tuple[int, int, int, int]:
-    """The box that a config's index names: the best one where there are fewer."""
-    shapes = box_shapes(size, pixels)
+def shape_of(problem: ConvProblem, pixels: int, index: int) -> Four:
+    """The box that a config's index names: the last one where there are fewer."""
+    axes = axes_of(problem)
+    adjoint = problem.direction is Direction.DGRAD
+    shapes = box_shapes(axes.in_size if adjoint else axes.out_size, axes.kernel, pixels)
     return shapes[min(index, len(shapes) - 1)]
 
 
-def box_count(size: tuple[int, int, int, int], shape: tuple[int, int, int, int]) -> int:
+def run_shape(size: Four, pixels: int, index: int) -> Four:
+    """The run of pixels that a config's index names: the last one where there are fewer."""
+    shapes = run_shapes(size, pixels)
+    return shapes[min(index, len(shapes) - 1)]
+
+
+def box_count(size: Four, shape: Four) -> int:
     """Boxes that cover a map."""
     return math.prod(-(-extent // step) for extent, step in zip(size, shape, strict=True))
 
@@ -307,7 +324,7 @@ def product_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
     if adjoint:
         depth, columns = columns, depth
         source_size, source_strides = axes.out_size, axes.y_strides
-    box = shape_of(size, config.block_m, config.box)
+    box = shape_of(problem, config.block_m, config.box)
     first, _, out = slot_names(problem.direction)
     block = (config.block_k, config.block_n) if adjoint else (config.block_n, config.block_k)
     fused = epilogue_arguments(problem)
@@ -332,7 +349,6 @@ def product_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
             **_geometry(problem),
             "ADJOINT": adjoint,
             "MERGED": axes.merged,
-            "SWAPPED": bool(config.swapped),
             "EPILOGUE": fused.function,
             "SAVE_ACC": fused.save_acc,
             **precision_constexprs(problem),
@@ -347,51 +363,57 @@ def product_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
     return LaunchPlan((call,), slot_dtypes(problem))
 
 
-def wgrad_splits(boxes: int, wanted: int) -> tuple[int, int]:
-    """Boxes of one split and the number of splits that have some."""
-    per_split = triton.cdiv(boxes, max(1, min(wanted, boxes)))
-    return per_split, triton.cdiv(boxes, per_split)
+def wgrad_steps(problem: ConvProblem, config: TileConfig, index: int) -> tuple[int, int, int]:
+    """Steps over all pixels, steps of one split, and the number of splits that have some."""
+    size = axes_of(problem).out_size
+    run = run_shape(size, config.block_k, index)
+    steps = triton.cdiv(box_count(size, run), config.block_k // max(run))
+    per_split = triton.cdiv(steps, max(1, min(config.split_k, steps)))
+    return steps, per_split, triton.cdiv(steps, per_split)
 
 
 def wgrad_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
-    """Plan of the gradient of the weight: split over boxes, then a fixed-order sum."""
+    """Plan of the gradient of the weight: split over pixels, then a fixed-order sum."""
     axes = axes_of(problem)
-    box = shape_of(axes.out_size, config.block_k, config.box)
-    per_split, splits = wgrad_splits(box_count(axes.out_size, box), config.split_k)
+    run = run_shape(axes.out_size, config.block_k, config.box)
+    axis = run.index(max(run)) if max(run) > 1 else 3
+    steps, per_split, splits = wgrad_steps(problem, config, config.box)
     tiles = triton.cdiv(problem.out_channels, config.block_m)
     tiles *= triton.cdiv(problem.in_channels, config.block_n) * (problem.taps // config.taps)
     partial = splits > 1
+    filters, channels = problem.out_channels, problem.in_channels
     call = KernelCall(
         boxed_wgrad_kernel,
         (tiles, splits, 1),
         (
-            pixel_boxes(
-                "grad_output",
-                axes.out_size,
-                axes.y_strides,
-                problem.out_channels,
-                box,
-                config.block_m,
+            last_axis(
+                pixel_boxes(
+                    "grad_output", axes.out_size, axes.y_strides, filters, run, config.block_m
+                ),
+                axis,
             ),
-            pixel_boxes(
-                "input", axes.in_size, axes.x_strides, problem.in_channels, box, config.block_n
+            last_axis(
+                pixel_boxes("input", axes.in_size, axes.x_strides, channels, run, config.block_n),
+                axis,
             ),
             Slot("partial" if partial else "grad_weight"),
-            axes.out_size[0],
             axes.out_size[1:],
             spatial_strides(problem.w_strides),
             per_split,
+            steps,
         ),
         {
-            "CHANNELS": problem.in_channels,
-            "FILTERS": problem.out_channels,
+            "CHANNELS": channels,
+            "FILTERS": filters,
             **_geometry(problem),
             "TAPS": config.taps,
             "PARTIAL": partial,
             **precision_constexprs(problem),
-            **_box(box),
+            "RUN": axis,
+            **_box(run),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
             "GROUP_M": config.group_m,
         },
         config.num_warps,

@@ -20,8 +20,8 @@ from ...runtime.space import (
     PowerOfTwo,
 )
 from ..problem import ConvProblem, Direction
-from .boxed_products import box_count, shape_of, wgrad_splits
-from .boxed_views import Four, axes_of, box_shapes
+from .boxed_products import box_count, shape_of, wgrad_steps
+from .boxed_views import Four, axes_of, box_shapes, run_shapes
 from .common import TileConfig
 from .tiles import around, power_of_two
 
@@ -37,15 +37,12 @@ class BoxedConfig(TileConfig):
     """Tile of a product over boxes.
 
     Attributes:
-        box: which shape of a box of pixels, see :func:`boxed_views.box_shapes`.
+        box: which shape of a box of pixels, see :func:`box_shapes` and :func:`run_shapes`.
         taps: filter taps that one program of a weight gradient computes.
-        swapped: compute the transposed tile of a product over pixels: both operands of its matrix
-            instructions then stay in shared memory.
     """
 
     box: int = 0
     taps: int = 1
-    swapped: int = 0
 
 
 def has_copy_engine(device: DeviceFacts) -> bool:
@@ -91,13 +88,9 @@ def boxed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BoxedC
     forward = problem.direction is Direction.FORWARD
     columns = problem.out_channels if forward else problem.in_channels
     depth = problem.in_channels if forward else problem.out_channels
+    kernel = axes_of(problem).kernel
     rows = power_of_two(math.prod(size), 64, 256)
     constraints += [
-        Constraint(
-            "swapped",
-            "the left operand of a matrix instruction has 64 rows at least",
-            lambda block_n, swapped: not swapped or block_n >= 64,
-        ),
         Constraint(
             "aspect",
             "a tile that narrow reads more than it multiplies",
@@ -108,13 +101,12 @@ def boxed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BoxedC
         Int("num_stages", 3, 4),
         PowerOfTwo("num_warps", 4, 8),
         PowerOfTwo("block_m", 64, rows),
-        PowerOfTwo("block_n", 32, power_of_two(columns, 32, 256)),
+        PowerOfTwo("block_n", 64, power_of_two(columns, 64, 256)),
         PowerOfTwo("block_k", min(32, power_of_two(depth, 16, 128)), power_of_two(depth, 16, 128)),
         Choice("group_m", (8,)),
         Choice("split_k", (1,)),
-        Derived("box", lambda block_m: tuple(range(len(box_shapes(size, block_m))))),
+        Derived("box", lambda block_m: tuple(range(len(box_shapes(size, kernel, block_m))))),
         Choice("taps", (1,)),
-        Choice("swapped", (0, 1)),
     )
     return ConfigSpace(BoxedConfig, parameters, tuple(constraints), default)
 
@@ -124,19 +116,19 @@ def _product_default(problem: ConvProblem, device: DeviceFacts) -> BoxedConfig:
     columns = problem.out_channels if forward else problem.in_channels
     depth = problem.in_channels if forward else problem.out_channels
     size = pixel_map(problem)
-    block_n = power_of_two(columns, 32, 128)
+    block_n = power_of_two(columns, 64, 128)
     block_m = power_of_two(math.prod(size), 64, 128 if block_n >= 128 else 256)
     block_k = power_of_two(depth, 16, 64)
 
     def tiles(block_m: int, block_n: int) -> int:
-        return box_count(size, shape_of(size, block_m, 0)) * triton.cdiv(columns, block_n)
+        return box_count(size, shape_of(problem, block_m, 0)) * triton.cdiv(columns, block_n)
 
     while block_m > 64 and tiles(block_m, block_n) < device.sm_count:
         block_m //= 2
     while block_n > 64 and tiles(block_m, block_n) < device.sm_count // 2:
         block_n //= 2
     warps = 8 if block_m * block_n > 128 * 128 else 4
-    return BoxedConfig(block_m, block_n, block_k, warps, 3, swapped=int(block_n >= 64))
+    return BoxedConfig(block_m, block_n, block_k, warps, 3)
 
 
 def _wgrad_space(
@@ -158,9 +150,8 @@ def _wgrad_space(
         PowerOfTwo("block_n", 32, power_of_two(problem.in_channels, 32, 256)),
         PowerOfTwo("block_k", 32, pixels),
         Choice("group_m", (8,)),
-        Derived("box", lambda block_k: tuple(range(len(box_shapes(size, block_k))))),
+        Derived("box", lambda block_k: tuple(range(len(run_shapes(size, block_k))))),
         Choice("taps", _tap_groups(problem), ordered=True),
-        Choice("swapped", (0,)),
         Derived("split_k", splits),
     )
     constraints.append(
@@ -222,24 +213,19 @@ def wgrad_split(
 
 
 def boxed_footprint(problem: ConvProblem, config: BoxedConfig, device: DeviceFacts) -> Footprint:
-    """What a config asks of a device.
-
-    An operand that passes registers has a buffer of the pipeline less.
-    """
+    """What a config asks of a device."""
     size = problem.dtype.itemsize
     threads = config.num_warps * (64 if device.arch.startswith("gfx") else 32)
     m, n, k = config.block_m, config.block_n, config.block_k
     stages = config.num_stages
     if problem.direction is Direction.WGRAD:
-        axes = axes_of(problem)
-        boxes = box_count(axes.out_size, shape_of(axes.out_size, k, config.box))
-        steps, splits = wgrad_splits(boxes, config.split_k)
+        count, steps, splits = wgrad_steps(problem, config, config.box)
         tiles = triton.cdiv(problem.out_channels, m) * triton.cdiv(problem.in_channels, n)
         tiles *= problem.taps // config.taps
         partial = splits > 1
         columns = config.taps * n
-        shared = max(m * k * size * (stages - 1) + columns * k * size * stages, m * n * 4)
-        all_steps = tiles * boxes
+        shared = max((m + columns) * k * size * stages, m * n * 4)
+        all_steps = tiles * count
         weight = math.prod(problem.w_shape)
         stored = weight * (8 * splits + size if partial else size)
         programs, launches = tiles * splits, 2 if partial else 1
@@ -249,13 +235,9 @@ def boxed_footprint(problem: ConvProblem, config: BoxedConfig, device: DeviceFac
         width = problem.out_channels if forward else problem.in_channels
         depth = problem.in_channels if forward else problem.out_channels
         area = pixel_map(problem)
-        programs = box_count(area, shape_of(area, m, config.box)) * triton.cdiv(width, n)
+        programs = box_count(area, shape_of(problem, m, config.box)) * triton.cdiv(width, n)
         steps = problem.taps * triton.cdiv(depth, k)
-        buffers = stages if config.swapped else stages - 1
-        shared = m * k * size * buffers + n * k * size * stages
-        if steps == 1:
-            shared = (m + n) * k * size
-        shared = max(shared, m * n * size)
+        shared = max((m + n) * k * size * (stages if steps > 1 else 1), m * n * size)
         columns, all_steps, launches = n, programs * steps, 1
         stored = math.prod(problem.result_shape) * size
         rows = (k * size, (k if forward else n) * size)

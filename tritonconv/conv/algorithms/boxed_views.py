@@ -20,6 +20,8 @@ _ROW_BYTES = 16
 """The copy engine's strides and rows are multiples of this."""
 _LONGEST = 256
 """Elements of a box along one axis."""
+_SHORTEST = 16
+"""Pixels of a run: the depth of one matrix instruction."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,18 @@ def weight_rows(problem: ConvProblem) -> bool:
     return strides[1] == 1 and (shape[0] == 1 or strides[0] == expected)
 
 
+def covered(size: Four, shape: Four) -> int:
+    """Pixels of the boxes that cover a map."""
+    return math.prod(-(-extent // step) * step for extent, step in zip(size, shape, strict=True))
+
+
 @functools.lru_cache(maxsize=4096)
-def box_shapes(size: Four, pixels: int) -> tuple[Four, ...]:
-    """The best shapes of a box of so many pixels, at most three, that with the least waste first.
+def box_shapes(size: Four, kernel: Four, pixels: int) -> tuple[Four, ...]:
+    """The best shapes of a box of so many pixels, at most three, the one with least waste first.
 
     Args:
         size: of the map, (image, plane, row, column).
+        kernel: taps along them.
         pixels: a power of two.
     """
     powers = [1 << e for e in range(pixels.bit_length())]
@@ -159,24 +167,61 @@ def box_shapes(size: Four, pixels: int) -> tuple[Four, ...]:
         shape = (n, d, h, pixels // (n * d * h))
         if max(shape) > _LONGEST:
             continue
-        covered = math.prod(
-            -(-extent // step) * step for extent, step in zip(size, shape, strict=True)
-        )
         # Compact boxes share most of what neighbouring taps read; longer rows come first.
-        around = math.prod(step + 2 if extent > 1 else step for extent, step in zip(size, shape, strict=True))
-        found.append(((covered, around, -shape[3], -shape[2], -shape[1]), shape))
+        read = math.prod(step + taps - 1 for step, taps in zip(shape, kernel, strict=True))
+        found.append(((covered(size, shape), read, -shape[3], -shape[2], -shape[1]), shape))
     found.sort()
+    least = found[0][0][0]
     best = [found[0][1]]
     for score, shape in found[1:]:
-        if len(best) == 3 or score[0] > 1.25 * found[0][0][0]:
-            break
-        # An alternative differs in how it is spread over the images, or not at all.
-        if all(shape[0] != other[0] and (shape[0] == 1 or shape[0] >= min(size[0], pixels) // 2) for other in best):
+        # An alternative is spread over another number of images.
+        if len(best) < 3 and score[0] <= 1.25 * least and all(shape[0] != b[0] for b in best):
             best.append(shape)
     return tuple(best)
 
 
-def pixel_boxes(slot: str, size: Four, strides: Four, channels: int, box: Four, block: int) -> Boxes:
+@functools.lru_cache(maxsize=4096)
+def run_shapes(size: Four, pixels: int) -> tuple[Four, ...]:
+    """The best runs along one axis, at most three on different axes, the least waste first.
+
+    Args:
+        size: of the map, (image, plane, row, column).
+        pixels: of a step: a power of two, which one run or several make up.
+    """
+    found: list[tuple[tuple[float, ...], int, Four]] = []
+    for axis in range(4):
+        length = min(pixels, _LONGEST)
+        while length >= min(_SHORTEST, pixels):
+            shape = _four([length if other == axis else 1 for other in range(4)])
+            waste = covered(size, shape)
+            # Every load costs a little, as an eighth more pixels would in runs of half the length.
+            found.append(((waste * (1 + 2 / length), -axis), axis, shape))
+            length //= 2
+    found.sort()
+    best: dict[int, Four] = {}
+    for _, axis, shape in found:
+        best.setdefault(axis, shape)
+    least = found[0][0][0]
+    kept = [
+        best[axis] for score, axis, shape in found if best[axis] == shape and score[0] <= 2 * least
+    ]
+    return tuple(kept[:3])
+
+
+def last_axis(boxes: Boxes, axis: int) -> Boxes:
+    """The same boxes with one pixel axis behind the others: leading axes of one fold away."""
+    order = (*(a for a in range(4) if a != axis), axis, 4)
+    return Boxes(
+        boxes.name,
+        tuple(boxes.shape[a] for a in order),
+        tuple(boxes.strides[a] for a in order),
+        tuple(boxes.block[a] for a in order),
+    )
+
+
+def pixel_boxes(
+    slot: str, size: Four, strides: Four, channels: int, box: Four, block: int
+) -> Boxes:
     """A map's descriptor: boxes of pixels by ``block`` channels."""
     return Boxes(slot, (*size, channels), (*strides, 1), (*box, block))
 
