@@ -120,8 +120,8 @@ def direct_launcher(compiled: Any, maps: bool = False) -> Callable[..., None] | 
 
     ``arguments`` holds every parameter of the kernel in order, constexprs included, with device
     pointers as integers; with ``maps`` a tensor descriptor is its map (see :func:`tensor_maps`),
-    its sizes and its strides. Returns None where this release of Triton has no verified direct launch,
-    or the kernel needs scratch memory, which only the regular path allocates.
+    its sizes and its strides. Returns None where this release of Triton has no verified direct
+    launch, or the kernel needs scratch memory, which only the regular path allocates.
     """
     if TRITON_VERSION not in DIRECT_LAUNCH_VERSIONS:
         return None

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import triton
-
 from ...runtime.device import DeviceFacts
 from ...runtime.operators import Algorithm
 from ...runtime.plan import LaunchPlan

@@ -229,7 +229,7 @@ def boxed_wgrad_kernel(
 
     accs = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
     for _ in tl.static_range(TAPS - 1):
-        accs = accs + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+        accs = accs + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)  # noqa: RUF005 # no stars here
     first = split * steps_per_split
     for step in range(first, tl.minimum(first + steps_per_split, steps)):
         for run in tl.static_range(RUNS):
@@ -252,7 +252,8 @@ def boxed_wgrad_kernel(
                     c0,
                     RUN,
                 )
-                added = added + (matmul_step(tl.trans(a), b, accs[index], PRECISION, UPCAST),)
+                acc = matmul_step(tl.trans(a), b, accs[index], PRECISION, UPCAST)
+                added = added + (acc,)  # noqa: RUF005
             accs = added
 
     o = m0 + tl.arange(0, BLOCK_M)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -61,6 +62,13 @@ def boxed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BoxedC
     wgrad = problem.direction is Direction.WGRAD
     size = pixel_map(problem)
     default = _wgrad_default(problem, device) if wgrad else _product_default(problem, device)
+    while boxed_footprint(problem, default, device).shared_bytes > device.shared_bytes - 1024:
+        if default.num_stages > 2:
+            default = dataclasses.replace(default, num_stages=default.num_stages - 1)
+        elif default.block_k > 16:
+            default = dataclasses.replace(default, block_k=default.block_k // 2)
+        else:
+            break
     engine = has_copy_engine(device)
     constraints = [
         Constraint(
@@ -79,7 +87,7 @@ def boxed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BoxedC
             "threads",
             "too few elements of the tile for so many threads",
             lambda num_warps, block_m, block_n, taps: (
-                num_warps == 4 or block_m * block_n * taps >= 8192
+                num_warps == 4 or block_m * block_n * taps > 8192
             ),
         ),
     ]
@@ -143,31 +151,44 @@ def _wgrad_space(
         return around(wgrad_split(problem, device, block_m, block_n, block_k, taps))
 
     pixels = power_of_two(math.prod(size), 32, 128)
+    # Steps of several runs multiply them one after the other: shorter steps may be faster there.
+    shortest = 16 if max(run_shapes(size, 64)[0]) < 64 else 32
     parameters: tuple[Parameter, ...] = (
         Int("num_stages", 3, 4),
         PowerOfTwo("num_warps", 4, 8),
         PowerOfTwo("block_m", 64, power_of_two(problem.out_channels, 64, 256)),
         PowerOfTwo("block_n", 32, power_of_two(problem.in_channels, 32, 256)),
-        PowerOfTwo("block_k", 32, pixels),
+        PowerOfTwo("block_k", shortest, pixels),
         Choice("group_m", (8,)),
         Derived("box", lambda block_k: tuple(range(len(run_shapes(size, block_k))))),
         Choice("taps", _tap_groups(problem), ordered=True),
         Derived("split_k", splits),
     )
-    constraints.append(
+    size_of = problem.dtype.itemsize
+    constraints += [
         Constraint(
             "wide tiles",
             "several taps fill a program with tiles of at most 128 columns",
             lambda block_m, block_n, taps: taps == 1 or (block_n <= 128 and block_m <= 128),
-        )
-    )
-    constraints.append(
+        ),
+        Constraint(
+            "pipeline",
+            "the pipeline would take more shared memory than a block may use",
+            lambda num_stages, block_m, block_n, block_k, taps: (
+                num_stages * (block_m + taps * block_n) * block_k * size_of < device.shared_bytes
+            ),
+        ),
+        Constraint(
+            "short steps",
+            "so few pixels a step pay where several taps share them or runs are short",
+            lambda block_k, taps: block_k >= 64 or taps > 3 or shortest < 32,
+        ),
         Constraint(
             "splits",
             "a split of the pixels would be less than one box of them",
             lambda block_k, split_k: split_k <= max(4, triton.cdiv(math.prod(size), block_k)),
-        )
-    )
+        ),
+    ]
     return ConfigSpace(BoxedConfig, parameters, tuple(constraints), default)
 
 

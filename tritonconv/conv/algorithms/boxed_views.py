@@ -182,7 +182,7 @@ def box_shapes(size: Four, kernel: Four, pixels: int) -> tuple[Four, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def run_shapes(size: Four, pixels: int) -> tuple[Four, ...]:
-    """The best runs along one axis, at most three on different axes, the least waste first.
+    """The best runs along one axis, at most two on different axes, the least waste first.
 
     Args:
         size: of the map, (image, plane, row, column).
@@ -203,9 +203,11 @@ def run_shapes(size: Four, pixels: int) -> tuple[Four, ...]:
         best.setdefault(axis, shape)
     least = found[0][0][0]
     kept = [
-        best[axis] for score, axis, shape in found if best[axis] == shape and score[0] <= 2 * least
+        best[axis]
+        for score, axis, shape in found
+        if best[axis] == shape and score[0] <= 1.25 * least
     ]
-    return tuple(kept[:3])
+    return tuple(kept[:2])
 
 
 def last_axis(boxes: Boxes, axis: int) -> Boxes:
