@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,19 +66,70 @@ def ptxas_version(arch: str) -> str:
         return ""
 
 
-def direct_launcher(compiled: Any) -> Callable[..., None] | None:
+def tensor_descriptor(
+    base: Any, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
+) -> Any:
+    """A view of a tensor for a kernel that reads boxes of it; zeros are read outside."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(base, list(shape), list(strides), list(block))
+
+
+def tensor_maps(
+    compiled: Any, views: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[Callable[[int], Any]] | None:
+    """For every tensor descriptor of a compiled kernel, a function from its pointer to its map.
+
+    A map says all that the copy engine knows of a tensor; a kernel takes it in the place of the
+    descriptor. Those of the last pointers are kept: the same tensors come again and again.
+
+    Args:
+        compiled: the kernel.
+        views: (shape, strides) of its descriptors in the order of its parameters.
+
+    Returns:
+        None where this release has no verified way, or the kernel was compiled without the engine.
+    """
+    described = getattr(compiled.metadata, "tensordesc_meta", None) or ()
+    if TRITON_VERSION not in DIRECT_LAUNCH_VERSIONS or len(described) != len(views):
+        return None
+    if any(meta is None or meta["fp4_padded"] for meta in described):
+        return None
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+    fill = triton.runtime.driver.active.utils.fill_tma_descriptor
+
+    def maps_of(meta: Any, shape: list[int], strides: list[int]) -> Callable[[int], Any]:
+        kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
+        swizzle, size, block = meta["swizzle"], meta["elem_size"], list(meta["block_size"])
+
+        @functools.lru_cache(maxsize=256)
+        def map_of(pointer: int) -> Any:
+            return fill(pointer, swizzle, size, kind, block, shape, strides, 0)
+
+        return map_of
+
+    return [
+        maps_of(meta, list(shape), list(strides))
+        for meta, (shape, strides) in zip(described, views, strict=True)
+    ]
+
+
+def direct_launcher(compiled: Any, maps: bool = False) -> Callable[..., None] | None:
     """A function ``(grid_x, grid_y, grid_z, stream, arguments)`` that launches a compiled kernel.
 
     ``arguments`` holds every parameter of the kernel in order, constexprs included, with device
-    pointers as integers. Returns None where this release of Triton has no verified direct launch,
-    or the kernel needs scratch memory, which only the regular path allocates.
+    pointers as integers; with ``maps`` a tensor descriptor is its map (see :func:`tensor_maps`),
+    its sizes and its strides. Returns None where this release of Triton has no verified direct
+    launch, or the kernel needs scratch memory, which only the regular path allocates.
     """
     if TRITON_VERSION not in DIRECT_LAUNCH_VERSIONS:
         return None
     run = compiled.run
     if getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1):
         return None
-    launch = run.launch
+    # Where a kernel takes tensor descriptors, what encodes them stands before the launch itself.
+    launch = inspect.getclosurevars(run.launch).nonlocals["launcher"] if maps else run.launch
     function = compiled.function
     metadata = compiled.packed_metadata
     cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
