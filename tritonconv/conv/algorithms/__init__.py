@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...runtime.operators import Algorithm
 from .aten import Aten
+from .banded import Banded
 from .bundled import Bundled
 from .dense import Dense
 from .depthwise import Depthwise
@@ -22,6 +23,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Bundled(),
     Grouped(),
     Dense(),
+    Banded(),
     Aten(),
 )
 """Most special first: the first that supports a problem is its untuned default."""
