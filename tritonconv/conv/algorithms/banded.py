@@ -87,7 +87,7 @@ def is_clearly_better(problem: ConvProblem) -> bool:
     most = max(problem.in_channels, problem.out_channels)
     narrow = min(problem.in_channels, problem.out_channels)
     return (
-        8 <= narrow
+        narrow >= 8
         and most <= 32
         and problem.kernel[-1] >= 3
         and problem.taps >= 9

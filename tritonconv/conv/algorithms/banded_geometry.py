@@ -30,7 +30,8 @@ class BandedConfig(Config):
         run_d, run_h, run_w: pixels of a unit.
         units_h, units_w: units of a tile, or of one step of a weight gradient's sum.
         block_k: elements of a window in one step; of a tile of columns for the weight's gradient.
-        cached: whether windows pass the L1 cache, where those of neighbouring rows overlap.
+        cached: whether windows pass the L1 cache, where those of neighbouring rows overlap, in
+            copies of 8 bytes; those of 16 bypass it.
         split: parts of the sum over units, for the gradient of the weight.
     """
 
@@ -42,7 +43,7 @@ class BandedConfig(Config):
     block_k: int
     num_warps: int
     num_stages: int
-    cached: int = 1
+    cached: int = 0
     split: int = 1
 
     @property

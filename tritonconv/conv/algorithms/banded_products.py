@@ -30,6 +30,15 @@ def widen_three(strides):
 
 
 @triton.jit
+def in_half_vectors(index, END: tl.constexpr):
+    """A mask that never fails and differs every 8 bytes as far as the compiler knows.
+
+    It copies 16 bytes past the L1 cache and 8 bytes through it.
+    """
+    return index // 4 < END // 4
+
+
+@triton.jit
 def unit_tile(
     tile,
     size,
@@ -162,7 +171,7 @@ def banded_product_kernel(
     OVERHANG_W: tl.constexpr,
     SOURCE_ALIGN: tl.constexpr,
     UNIT_ALIGN: tl.constexpr,
-    CACHE: tl.constexpr,
+    CACHED: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -214,10 +223,12 @@ def banded_product_kernel(
             h = (line % WINDOW_H) * HOP_H
         shift = base + (d * source_strides[1] + h * source_strides[2]) * SOURCE_ALIGN
         offsets = (shift + units)[:, None] + e[None, :]
-        if CHECK_D or CHECK_H or CHECK_W or LINE % BLOCK_K != 0:
+        if CHECK_D or CHECK_H or CHECK_W or LINE % BLOCK_K != 0 or CACHED:
             # Pixels, not elements, so that the compiler sees whole vectors with one bound.
             pixel = e // CHANNELS
             mask = tl.full((UNITS_H * UNITS_W, BLOCK_K), 1, tl.int1)
+            if CACHED:
+                mask = mask & in_half_vectors(e, CHUNKS * BLOCK_K)[None, :]
             if CHECK_W:
                 mask = mask & within(first_columns[:, None] + pixel[None, :], source_size[2])
             if LINE % BLOCK_K != 0:
@@ -229,9 +240,9 @@ def banded_product_kernel(
                 if CHECK_D:
                     taken = taken & within(first_plane + d, source_size[0])
                 mask = mask & taken[:, None]
-            a = tl.load(source_ptr + offsets, mask=mask, other=0.0, cache_modifier=CACHE)
+            a = tl.load(source_ptr + offsets, mask=mask, other=0.0)
         else:
-            a = tl.load(source_ptr + offsets, cache_modifier=CACHE)
+            a = tl.load(source_ptr + offsets)
         b = tl.load(band)
         band += BLOCK_K * BLOCK_N
         acc = matmul_step(a, b, acc, PRECISION, UPCAST)

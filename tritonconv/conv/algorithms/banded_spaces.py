@@ -20,11 +20,13 @@ from .banded_geometry import (
 )
 from .tiles import around
 
-_MOST_BOXES = 6
+_MOST_BOXES = {Direction.FORWARD: 5, Direction.DGRAD: 5, Direction.WGRAD: 4}
 _FLOPS = 5e14
 """Multiply-adds × 2 per second of a full H100 in tiles like these; orders of magnitude only."""
 _LOADS = 8e12
 """Bytes per second from its caches to the multiprocessors, likewise."""
+_STEP = 6e-10
+"""Seconds that a step of a program costs beside, with 400 programs under way."""
 Box = tuple[int, int, int]
 
 
@@ -36,7 +38,7 @@ def _units_of(problem: ConvProblem, box: Box) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def tile_shapes(problem: ConvProblem, box: Box, units: int) -> tuple[tuple[int, int], ...]:
-    """The two shapes (rows × columns) of a tile of ``units`` that overhang least, square ones first."""
+    """The two shapes (rows × columns) of a tile of ``units`` that overhang least."""
     _, height, width = _units_of(problem, box)
 
     def cost(shape: tuple[int, int]) -> tuple[float, int]:
@@ -50,7 +52,7 @@ def tile_shapes(problem: ConvProblem, box: Box, units: int) -> tuple[tuple[int, 
 
 
 def _depth_blocks(problem: ConvProblem, box: Box) -> tuple[int, ...]:
-    """Steps of the reduction (tiles of a weight gradient's columns) that pad it least, widest first."""
+    """Steps of the reduction (tiles of a weight gradient's columns), widest first."""
     window = window_of(problem, box)
     if problem.direction is Direction.WGRAD:
         depth, blocks = window.lines * window.line, (256, 128, 64, 32, 16)
@@ -71,18 +73,26 @@ def _seconds(problem: ConvProblem, box: Box) -> float:
     units = problem.batch * math.prod(_units_of(problem, box))
     flops = 2 * units * padded * window.block_n
     if wgrad:
-        loads = 2 * units * (padded + -(-depth // block) * window.block_n)
+        loads = 2 * units * (padded + padded // block * window.block_n)
+        steps = units / 64 * (padded // block)
+        if window.block_n < 64:  # too few rows for the instructions of a warp group
+            flops *= 4
     else:
         loads = 2 * units * padded * (1 + window.block_n / 128)
+        steps = units / 128 * (padded // block)
     compute, transfer = flops / _FLOPS, loads / _LOADS
-    return max(compute, transfer) + 0.3 * min(compute, transfer)
+    return max(compute, transfer) + 0.3 * min(compute, transfer) + steps * _STEP
 
 
 @functools.lru_cache(maxsize=1024)
 def best_boxes(problem: ConvProblem) -> tuple[Box, ...]:
     """The boxes worth trying, by their estimated time."""
     found = boxes(problem, 128)
-    return tuple(sorted(found, key=lambda box: (_seconds(problem, box), box))[:_MOST_BOXES])
+    return tuple(
+        sorted(found, key=lambda box: (_seconds(problem, box), box))[
+            : _MOST_BOXES[problem.direction]
+        ]
+    )
 
 
 def _parts(problem: ConvProblem, config: BandedConfig, device: DeviceFacts) -> int:
@@ -116,7 +126,7 @@ def banded_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Bande
     wgrad = problem.direction is Direction.WGRAD
     found = best_boxes(problem)
     default = _default(problem, device)
-    sizes = (32, 64, 128) if wgrad else (64, 128, 256)
+    sizes = (32, 64) if wgrad else (64, 128, 256)
     shapes = {
         (box, units): tile_shapes(problem, box, units)
         for box, units in itertools.product(found, sizes)
@@ -187,9 +197,7 @@ def banded_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Bande
     )
 
 
-def banded_footprint(
-    problem: ConvProblem, config: BandedConfig, device: DeviceFacts
-) -> Footprint:
+def banded_footprint(problem: ConvProblem, config: BandedConfig, device: DeviceFacts) -> Footprint:
     """Of the product; the kernel that spreads weights, or adds diagonals, is one more launch."""
     window = window_of(problem, config.run)
     units, k, n = config.units, config.block_k, window.block_n

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .banded_products import unit_columns, unit_tile, widen_three, within
+from .banded_products import in_half_vectors, unit_columns, unit_tile, widen_three, within
 from .common import matmul_step, widen, widen_all
 
 
@@ -46,7 +46,7 @@ def banded_wgrad_kernel(
     OVERHANG_W: tl.constexpr,
     SOURCE_ALIGN: tl.constexpr,
     UNIT_ALIGN: tl.constexpr,
-    CACHE: tl.constexpr,
+    CACHED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -69,7 +69,8 @@ def banded_wgrad_kernel(
     first_k = tl.program_id(0) * BLOCK_K
     k = first_k + tl.arange(0, BLOCK_K)
     e = k % LINE
-    pixel = e // CHANNELS
+    # Not e // CHANNELS, of which the compiler does not see that it is the same along a vector.
+    pixel = (k // CHANNELS) % WINDOW_W
     if ONE_LINE:
         h = ((first_k // LINE) % WINDOW_H) * HOP_H
     else:
@@ -119,8 +120,10 @@ def banded_wgrad_kernel(
         base = (image * source_strides[0] + first_plane * source_strides[1]) * SOURCE_ALIGN
         units = base + first_rows * source_strides[2] * SOURCE_ALIGN + first_columns * CHANNELS
         offsets = units[:, None] + window[None, :]
-        if CHECK_D or CHECK_H or CHECK_W or DEPTH % BLOCK_K != 0:
+        if CHECK_D or CHECK_H or CHECK_W or DEPTH % BLOCK_K != 0 or CACHED:
             mask = tl.full((UNITS_H * UNITS_W, BLOCK_K), 1, tl.int1)
+            if CACHED:
+                mask = mask & in_half_vectors(k, BLOCK_K * TILES_K)[None, :]
             if CHECK_W:
                 mask = mask & within(first_columns[:, None] + pixel[None, :], source_size[2])
             if DEPTH % BLOCK_K != 0:
@@ -135,9 +138,9 @@ def banded_wgrad_kernel(
                     mask = mask & within(first_plane + d, source_size[0])
                 else:
                     mask = mask & within(first_plane + d, source_size[0])[None, :]
-            x = tl.load(source_ptr + offsets, mask=mask, other=0.0, cache_modifier=CACHE)
+            x = tl.load(source_ptr + offsets, mask=mask, other=0.0)
         else:
-            x = tl.load(source_ptr + offsets, cache_modifier=CACHE)
+            x = tl.load(source_ptr + offsets)
         acc = matmul_step(tl.trans(g), x, acc, PRECISION, UPCAST)
     base = widen(split) * (BLOCK_N * TILES_K * BLOCK_K)
     tl.store(partial_ptr + base + (n[:, None] * (TILES_K * BLOCK_K) + k[None, :]), acc)
