@@ -60,7 +60,11 @@ def representative(space: list[Config]) -> dict[str, Config]:
 
 
 # The general algorithms serve every layer: these are enough for them.
-HOME = {"dense": ("3x3", "3x3 stride 2", "3x3x3"), "few_channel": ("stem",)}
+HOME = {
+    "banded": ("few channels",),
+    "dense": ("3x3", "3x3 stride 2", "3x3x3"),
+    "few_channel": ("stem",),
+}
 
 
 def wanted(target: str, dtype: str, label: str, everything: bool) -> bool:

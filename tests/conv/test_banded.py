@@ -53,7 +53,9 @@ def problem_of(fields: dict[str, Any], direction: Direction) -> ConvProblem:
 
 
 def small(problem: ConvProblem, run: tuple[int, int, int], units: tuple[int, int]) -> BandedConfig:
-    return BandedConfig(*run, *units, 32, 4, 2, split=3)
+    # The interpreter takes its time for every program and step: wide ones.
+    block_k = 256 if problem.direction is Direction.WGRAD else 64
+    return BandedConfig(*run, *units, block_k, 4, 2, split=2)
 
 
 SERVED = [
@@ -79,20 +81,26 @@ def test_default(case: str, direction: Direction, device: torch.device) -> None:
     run_problem(problem_of(CASES[case], direction), "banded", device)
 
 
-@pytest.mark.parametrize("run", [(1, 1, 1), (2, 1, 3), (1, 2, 4), (2, 4, 2)])
+@pytest.mark.parametrize("run", [(1, 1, 1), (2, 1, 3), (2, 4, 2)])
 @pytest.mark.parametrize("direction", Direction)
-@pytest.mark.parametrize("case", ["3x3", "dilated", "3x3x3", "3-D, an axis each"])
+@pytest.mark.parametrize("case", ["3x3", "dilated", "3-D, an axis each"])
 def test_boxes(
     case: str, direction: Direction, run: tuple[int, int, int], device: torch.device
 ) -> None:
     """Boxes that divide the map and those that do not, whether they make sense or not."""
     problem = problem_of(CASES[case], direction)
-    config = small(problem, run, (4, 4))
-    first = run_problem(problem, "banded", device, config)
-    other = replace(config, units_h=2, units_w=8, block_k=64, cached=1)
+    config = small(problem, run, (4, 8))
+    run_problem(problem, "banded", device, config)
+    other = replace(config, units_h=16, units_w=2, block_k=config.block_k // 2, cached=1, split=1)
     run_problem(problem, "banded", device, other)
-    again = run_problem(problem, "banded", device, config)
-    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_the_same_bits_twice(direction: Direction, device: torch.device) -> None:
+    problem = problem_of(CASES["3x3"], direction)
+    config = small(problem, (1, 2, 2), (2, 4))
+    first, second = (run_problem(problem, "banded", device, config) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.DGRAD])

@@ -55,9 +55,10 @@ def _depth_blocks(problem: ConvProblem, box: Box) -> tuple[int, ...]:
     """Steps of the reduction (tiles of a weight gradient's columns), widest first."""
     window = window_of(problem, box)
     if problem.direction is Direction.WGRAD:
-        depth, blocks = window.lines * window.line, (256, 128, 64, 32, 16)
+        depth, most = window.lines * window.line, 256
     else:
-        depth, blocks = window.line, (128, 64, 32, 16)
+        depth, most = window.line, 128
+    blocks = tuple(most >> e for e in range(5) if most >> e >= 16)
     padded = {block: -(-depth // block) * block for block in blocks}
     least = min(padded.values())
     return tuple(block for block in blocks if padded[block] <= 1.15 * least)
@@ -71,15 +72,14 @@ def _seconds(problem: ConvProblem, box: Box) -> float:
     depth = window.lines * window.line
     padded = -(-depth // block) * block if wgrad else window.lines * window.chunks(block) * block
     units = problem.batch * math.prod(_units_of(problem, box))
-    flops = 2 * units * padded * window.block_n
+    flops = 2.0 * units * padded * window.block_n
+    steps = units * (padded / block) / (64 if wgrad else 128)
     if wgrad:
         loads = 2 * units * (padded + padded // block * window.block_n)
-        steps = units / 64 * (padded // block)
         if window.block_n < 64:  # too few rows for the instructions of a warp group
             flops *= 4
     else:
-        loads = 2 * units * padded * (1 + window.block_n / 128)
-        steps = units / 128 * (padded // block)
+        loads = 2 * units * padded * (128 + window.block_n) // 128
     compute, transfer = flops / _FLOPS, loads / _LOADS
     return max(compute, transfer) + 0.3 * min(compute, transfer) + steps * _STEP
 
@@ -220,7 +220,7 @@ def banded_footprint(problem: ConvProblem, config: BandedConfig, device: DeviceF
     return Footprint(
         programs=programs,
         threads=threads,
-        shared_bytes=max(step_bytes * buffers, scratch // (2 if held >= 32768 else 1)),
+        shared_bytes=max(step_bytes * buffers, scratch),
         accumulators=held // threads,
         bytes_loaded=all_steps * step_bytes,
         bytes_stored=stored,
