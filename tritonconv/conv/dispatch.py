@@ -16,6 +16,7 @@ from ..runtime.plan import LaunchPlan
 from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
+from .algorithms.banded import Banded, is_clearly_better
 from .algorithms.common import slot_names
 from .epilogue import apply_with_torch, build_epilogue
 from .problem import (
@@ -163,7 +164,7 @@ class ConvOperator(Operator):
         return super().candidates(problem) or (ATEN,)
 
     def default_algorithm(self, problem: ConvProblem, device: DeviceFacts) -> Algorithm:
-        """The most special algorithm that serves the problem, but where PyTorch is known better.
+        """The most special algorithm that serves the problem, but where another is known better.
 
         On an H100 the generated kernels for groups of a few channels ran at 0.3 to 0.5 times
         PyTorch's speed; that of a depthwise weight gradient is faster where channels are fastest in
@@ -176,6 +177,8 @@ class ConvOperator(Operator):
             slow = problem.groups > 1 and problem.channels_per_group < 32
         if slow and ATEN.supports(problem) is None:
             return ATEN
+        if is_clearly_better(problem) and BANDED.supports(problem) is None:
+            return BANDED
         return self.candidates(problem)[0]
 
 
@@ -200,6 +203,7 @@ def as_tf32(t: Tensor) -> Tensor:
 
 
 ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
+BANDED = next(a for a in ALGORITHMS if isinstance(a, Banded))
 
 OPERATORS: dict[tuple[Direction, int], ConvOperator] = {}
 for _rank in (2, 3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...runtime.operators import Algorithm
 from .aten import Aten
 from .boxed import Boxed
+from .banded import Banded
 from .bundled import Bundled
 from .dense import Dense
 from .depthwise import Depthwise
@@ -24,6 +25,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Grouped(),
     Dense(),
     Boxed(),
+    Banded(),
     Aten(),
 )
 """Most special first: the first that supports a problem is its untuned default."""
