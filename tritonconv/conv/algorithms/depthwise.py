@@ -24,8 +24,9 @@ from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction
 from .common import epilogue_arguments, lifted, slot_dtypes, unsupported_dtype
 from .depthwise_model import Shape, compiling, cost, footprint
-from .depthwise_source import Stencil, generated_kernel
+from .depthwise_source import Stencil
 from .depthwise_taps import Axis, axes
+from .depthwise_walk import can_walk, generated_kernel
 from .depthwise_weights import packed_strides, packing_call, summing_call, weight_strides
 from .footprints import cdiv
 
@@ -35,13 +36,18 @@ class DepthwiseConfig(Config):
     """Tile of a thread, and the threads of a program.
 
     Attributes:
-        block_c: channels of a program.
+        block_c: channels of a program; of a thread where lanes run over all channels.
         vector: channels of a thread.
         tile_h, tile_w: neighbouring outputs of a thread; a strided gradient takes all phases of it.
+            Rows of a step where a thread walks.
         num_warps: of a program; what is left of its threads by the channels takes more tiles.
         pack: rearrange the weight first, so that lanes read it together.
         rows: filter rows of a program, of a weight gradient; 0 for all.
         split: programs that share the tiles of a weight gradient.
+        flat: lanes run over all channels of a tile first, whatever their number.
+        walk: rows that a thread walks down, of the outputs or, for the gradient of the weight, of
+            the input; 0 for one tile.
+        ahead: a walk loads the rows of the next step before it uses those of this one.
     """
 
     block_c: int
@@ -52,6 +58,9 @@ class DepthwiseConfig(Config):
     pack: int = 0
     rows: int = 0
     split: int = 1
+    flat: int = 0
+    walk: int = 0
+    ahead: int = 0
 
     @property
     def block_p(self) -> int:
@@ -69,6 +78,7 @@ class Depthwise(Algorithm):
         "depthwise_model",
         "depthwise_source",
         "depthwise_taps",
+        "depthwise_walk",
         "depthwise_weights",
     )
 
@@ -248,16 +258,22 @@ def stencil_of(problem: ConvProblem, config: DepthwiseConfig) -> Stencil:
     gradient = problem.direction is Direction.DGRAD
     found = _axes(problem, config.tile_h, config.tile_w, config.rows)
     channels = problem.in_channels if gradient else problem.out_channels
-    tiles = problem.batch * math.prod(axis.tiles for axis in found)
+    tiles = problem.batch * found[-1].tiles
+    if not config.walk:
+        tiles *= found[0].tiles * found[1].tiles
+    groups = channels // config.vector if config.flat else 0
     return Stencil(
         *found,
         multiplier=problem.filters_per_group,
         even=channels % config.block_c == 0,
-        full=tiles % config.block_p == 0,
+        full=tiles * max(1, groups) % config.block_p == 0,
         wide=problem.wide,
         known=_known_strides(problem, config),
         unroll=_unroll(problem, found, config.vector),
         filter=lifted(problem.kernel, 1)[:2] if problem.direction is Direction.WGRAD else (0, 0),
+        groups=groups,
+        walk=config.walk,
+        ahead=bool(config.ahead),
     )
 
 
@@ -276,7 +292,7 @@ def _unroll(problem: ConvProblem, found: tuple[Axis, Axis, Axis], vector: int) -
 
 def _known_strides(problem: ConvProblem, config: DepthwiseConfig) -> tuple[tuple[str, int], ...]:
     """Strides between neighbouring columns and taps, where channels are the fastest axis."""
-    if config.block_c == 1 or problem.wide:
+    if (config.block_c == 1 and not config.flat) or problem.wide:
         return ()
     x, y = problem.x_strides[-1], problem.y_strides[-1]
     if problem.direction is Direction.DGRAD:
@@ -289,6 +305,9 @@ def _known_strides(problem: ConvProblem, config: DepthwiseConfig) -> tuple[tuple
 
 
 def _tiles(problem: ConvProblem, stencil: Stencil) -> int:
+    """Tiles, of a whole column where threads walk."""
+    if stencil.walk:
+        return problem.batch * stencil.width.tiles
     return problem.batch * math.prod(axis.tiles for _, axis, _ in stencil.axes)
 
 
@@ -314,11 +333,16 @@ def _product(problem: ConvProblem, config: DepthwiseConfig) -> LaunchPlan:
         stencil = dataclasses.replace(stencil, coordinates=coordinates, save_acc=epilogue.save_acc)
     x, y = _maps(problem) if forward else _maps(problem)[::-1]
     channels = problem.out_channels if forward else problem.in_channels
-    blocks = cdiv(_tiles(problem, stencil), config.block_p) * cdiv(channels, config.block_c)
+    tiles = _tiles(problem, stencil)
+    if config.flat:
+        blocks = cdiv(tiles * stencil.groups, config.block_p)
+    else:
+        blocks = cdiv(tiles, config.block_p) * cdiv(channels, config.block_c)
+    segments = cdiv(stencil.height.out, config.walk) if config.walk else 1
     names = ("input", "output") if forward else ("grad_output", "grad_input")
     call = KernelCall(
         generated_kernel(stencil),
-        (blocks, 1, 1),
+        (blocks, segments, 1),
         (
             Slot(names[0]),
             Slot("packed" if config.pack else "weight"),
@@ -351,10 +375,11 @@ def _wgrad(problem: ConvProblem, config: DepthwiseConfig) -> LaunchPlan:
     per_split, splits = _splits(tiles, config)
     planes, rows = stencil.filter
     chunks = cdiv(planes, stencil.depth.taps) * cdiv(rows, stencil.height.taps)
+    segments = cdiv(stencil.height.size, config.walk) if config.walk else 1
     x, y = _maps(problem)
     call = KernelCall(
         generated_kernel(stencil),
-        (cdiv(problem.out_channels, config.block_c), chunks, splits),
+        (cdiv(problem.out_channels, config.block_c), chunks * segments, splits),
         (
             Slot("grad_output"),
             Slot("input"),
@@ -371,7 +396,7 @@ def _wgrad(problem: ConvProblem, config: DepthwiseConfig) -> LaunchPlan:
         config.num_warps,
         num_stages=1,
     )
-    summing, space = summing_call(problem, splits)
+    summing, space = summing_call(problem, splits * segments)
     dtypes: dict[str, Any] = {**slot_dtypes(problem), "partial": torch.float32}
     return LaunchPlan((call, summing), dtypes, (space,))
 
