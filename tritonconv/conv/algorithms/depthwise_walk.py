@@ -34,7 +34,7 @@ def can_walk(height: Axis, depth: Axis) -> bool:
     """Whether a window that moves row by row serves an axis: no gaps, no rows without input."""
     flat = depth.taps == 1 and depth.out == 1 and depth.size == 1 and depth.padding == 0
     dense = height.stride == 1 and height.dilation == 1
-    return flat and dense and height.padding < height.taps <= height.out
+    return flat and dense and 1 < height.taps <= height.out and height.padding < height.taps
 
 
 def window(height: Axis) -> tuple[int, dict[int, int]]:
@@ -100,11 +100,16 @@ def walk_product_source(stencil: Stencil) -> str:
     write(f"stop = tl.minimum(last + {-low}, x_size[1])")
     write("x_lane = x_ptr + ((image * x_sn + column * x_sw)[:, None] + o * x_sc)")
     write("y_base = (image * y_sn + column * y_sw)[:, None] + o * y_sc")
+    for tensor in ("y", "acc")[: 1 + stencil.save_acc]:
+        write(f"{tensor}_lane = {tensor}_ptr + y_base")
     for row in taps.values():
         for tap in range(width.taps):
             write(load_line(f"w_{row}_{tap}", f"w_ptr + (o + {row} * w_sh + {tap} * w_sw)", []))
     masks = _columns(write, stencil, columns)
-    write("everywhere = " + ("tl.full((BLOCK_P, 1), 1, tl.int1)" if stencil.full else "mask_p[:, None]"))
+    write(
+        "everywhere = "
+        + ("tl.full((BLOCK_P, 1), 1, tl.int1)" if stencil.full else "mask_p[:, None]")
+    )
     for place in outputs:
         if (width.tiles - 1) * width.tile + place >= width.out:
             write(f"stored_{place} = everywhere & (column + {place} < y_size[2])[:, None]")
@@ -169,10 +174,12 @@ def _store_row(write: Writer, stencil: Stencil, slot: int, row: str) -> None:
     """Epilogue and stores of the outputs of one row, where it belongs to the segment."""
     write(f"out_row = {row}")
     write("in_segment = (out_row >= first) & (out_row < last)")
-    write("y_row = y_base + out_row * y_sh")
+    tensors = ("y", "acc")[: 1 + stencil.save_acc]
+    for tensor in tensors:
+        write(f"{tensor}_row = {tensor}_lane + out_row * y_sh")
     for place in range(stencil.width.tile):
         result = f"acc_{slot}_{place}"
-        offset = f"y_row + {place} * y_sw" if place else "y_row"
+        offset = f" + {place} * y_sw" if place else ""
         write(f"mask = stored_{place} & in_segment")
         if stencil.coordinates:
             where = ["everywhere.to(tl.int32) * 0"] * (stencil.coordinates - 2)
@@ -180,11 +187,10 @@ def _store_row(write: Writer, stencil: Stencil, slot: int, row: str) -> None:
             where = where[-stencil.coordinates :]
             write(f"result = EPILOGUE({result}, image[:, None], o, {', '.join(where)},")
             write("    mask, extra_ptrs, extra_strides)")
-        for tensor, value in (("acc", result),) * stencil.save_acc + (
-            ("y", "result" if stencil.coordinates else result),
-        ):
+        for tensor in tensors:
+            value = "result" if stencil.coordinates and tensor == "y" else result
             element = f"{tensor}_ptr.dtype.element_ty"
-            write(f"tl.store({tensor}_ptr + ({offset}), {value}.to({element}), mask=mask)")
+            write(f"tl.store({tensor}_row{offset}, {value}.to({element}), mask=mask)")
 
 
 def walk_wgrad_source(stencil: Stencil) -> str:
@@ -217,7 +223,7 @@ def walk_wgrad_source(stencil: Stencil) -> str:
         """The row of the window at a slot; rows outside of the map are zeros."""
         write(f"out_row = {row}")
         write("in_map = (out_row >= 0) & (out_row < y_size[1])")
-        write("y_row = y_base + out_row * y_sh")
+        write("y_row = y_lane + out_row * y_sh")
         for place in places:
             parts = [f"in_map & held_{place}", *channel_mask]
             offset = f"y_row + {place} * y_sw" if place else "y_row"
@@ -239,7 +245,7 @@ def walk_wgrad_source(stencil: Stencil) -> str:
             write(f"held_{place} = everywhere{more}")
         own = f"(o // {stencil.multiplier})" if stencil.multiplier > 1 else "o"
         write(f"x_lane = x_ptr + ((image * x_sn + column * x_sw)[:, None] + {own} * x_sc)")
-        write("y_base = grad_ptr + ((image * y_sn + column * y_sw)[:, None] + o * y_sc)")
+        write("y_lane = grad_ptr + ((image * y_sn + column * y_sw)[:, None] + o * y_sc)")
         for slot in range(len(taps) - 1):
             load_gradient(slot, f"start + {low + slot}")
         with write.block(f"for row in range(start, stop, {step}):"):
