@@ -321,7 +321,8 @@ def test_spaces_of_real_layers(name: str, direction: Direction, layout: str) -> 
 def test_lanes_of_channels_last_maps_are_channels() -> None:
     for direction in Direction:
         wide = DEPTHWISE.space(layer("7x7", direction, "channels_last"), H100)
-        assert all(config.block_c >= 16 and config.vector > 1 for config in wide)
+        assert all(c.flat or (c.block_c >= 16 and c.vector > 1) for c in wide)
+        assert all(c.block_c == c.vector for c in wide if c.flat)
         narrow = DEPTHWISE.space(layer("7x7", direction, "contiguous"), H100)
         assert all(config.block_c == 1 for config in narrow)
 

@@ -96,10 +96,12 @@ class Writer:
         self._depth = 1
 
     def __call__(self, line: str) -> None:
+        """Add a line."""
         self.lines.append("    " * self._depth + line)
 
     @contextmanager
     def block(self, head: str) -> Iterator[None]:
+        """Indent what is written inside, below a head."""
         self(head)
         self._depth += 1
         yield
@@ -107,10 +109,12 @@ class Writer:
 
     @property
     def text(self) -> str:
+        """All lines."""
         return "".join(f"{line}\n" for line in self.lines)
 
 
 def plus(base: str, offset: int) -> str:
+    """A sum with a constant, as short as it can be written."""
     return f"{base} + {offset}" if offset > 0 else f"{base} - {-offset}" if offset else base
 
 
@@ -128,10 +132,12 @@ def _tap(step: Step, tap: int, index: str) -> str:
 
 
 def all_of(parts: Sequence[str]) -> str:
+    """All conditions as one."""
     return " & ".join(parts)
 
 
 def load_line(name: str, pointer: str, parts: Sequence[str]) -> str:
+    """A load as float32, zero where a condition fails."""
     mask = f", mask={all_of(parts)}, other=0.0" if parts else ""
     return f"{name} = as_float(tl.load({pointer}{mask}))"
 
