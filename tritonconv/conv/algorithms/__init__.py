@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ...runtime.operators import Algorithm
 from .aten import Aten
-from .boxed import Boxed
 from .banded import Banded
+from .boxed import Boxed
 from .bundled import Bundled
 from .dense import Dense
 from .depthwise import Depthwise
