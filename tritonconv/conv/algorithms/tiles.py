@@ -159,14 +159,15 @@ def _small_default(problem: ConvProblem, block_k: int, device: DeviceFacts) -> T
     rows, columns, depth = product_shape(problem)
     sms = device.sm_count
     deepest = power_of_two(depth, 16, 2 * block_k if problem.dtype.itemsize == 2 else block_k)
-    options = [
+    options: list[tuple[int, int, int]] = [
         (power_of_two(rows, 16, m), power_of_two(columns, 16, n), k)
         for m, n in _SMALL_TILES
         for k in dict.fromkeys((block_k, deepest))
     ]
-    splits = {option: product_split(problem, *option, sms) for option in options}
-    m, n, k = min(options, key=lambda option: product_us(problem, *option, splits[option], sms))
-    split = splits[m, n, k]
+    splits = {(m, n, k): product_split(problem, m, n, k, sms) for m, n, k in options}
+    (m, n, k), split = min(
+        splits.items(), key=lambda row: product_us(problem, *row[0], split=row[1], sm_count=sms)
+    )
     bytes_each = (m + n) * k * problem.dtype.itemsize
     stages = 5 if 5 * bytes_each <= device.shared_bytes * 0.9 else 3
     return TileConfig(m, n, k, 4, stages, split_k=split, one_launch=int(split > 1))
