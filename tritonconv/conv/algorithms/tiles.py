@@ -165,9 +165,13 @@ def _small_default(problem: ConvProblem, block_k: int, device: DeviceFacts) -> T
         for k in dict.fromkeys((block_k, deepest))
     ]
     splits = {(m, n, k): product_split(problem, m, n, k, sms) for m, n, k in options}
-    (m, n, k), split = min(
-        splits.items(), key=lambda row: product_us(problem, *row[0], split=row[1], sm_count=sms)
-    )
+
+    def microseconds(option: tuple[int, int, int]) -> float:
+        block_m, block_n, step = option
+        return product_us(problem, block_m, block_n, step, splits[option], sms)
+
+    m, n, k = min(options, key=microseconds)
+    split = splits[m, n, k]
     bytes_each = (m + n) * k * problem.dtype.itemsize
     stages = 5 if 5 * bytes_each <= device.shared_bytes * 0.9 else 3
     return TileConfig(m, n, k, 4, stages, split_k=split, one_launch=int(split > 1))
