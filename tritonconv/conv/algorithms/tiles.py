@@ -160,11 +160,14 @@ def _small_default(problem: ConvProblem, block_k: int, device: DeviceFacts) -> T
     sms = device.sm_count
     matrix = problem.dtype.itemsize == 2 or problem.precision == "tf32"
     deepest = power_of_two(depth, 16, 2 * block_k if matrix else block_k)
-    options: list[tuple[int, int, int]] = [
+    options = [
         (power_of_two(rows, 16, m), power_of_two(columns, 16, n), k)
         for m, n in _SMALL_TILES
         for k in dict.fromkeys((block_k, deepest))
     ]
+    size = 3 * problem.dtype.itemsize  # of three stages
+    fitting = [(m, n, k) for m, n, k in options if (m + n) * k * size <= device.shared_bytes]
+    options = fitting or options[-2:]
     splits = {(m, n, k): product_split(problem, m, n, k, sms) for m, n, k in options}
 
     def microseconds(option: tuple[int, int, int]) -> float:
