@@ -37,7 +37,7 @@ _LAUNCH_US = 2.0
 _NEXT_LAUNCH_US = 1.5
 _L2_OVER_MEMORY = 2.2  # bandwidth of the L2 cache over that of memory
 _GATHER_US = 1.2  # from a block's store to another block that was told of it and loads it
-_BLOCK_RATE = 80e9  # bytes per second that one multiprocessor draws from the L2 cache
+_BLOCK_RATE = 60e9  # bytes per second that one multiprocessor draws from the L2 cache
 _LATENCY_US = 0.7  # of a load that misses the L1 cache, with its address arithmetic
 _FALLBACK_RATE = 50.0  # flops per byte of memory bandwidth, where the rates are unknown
 

@@ -20,6 +20,7 @@ from .cases import rank_of
 LAYERS: dict[str, dict[str, Any]] = {
     "3x3": {"N": 32, "C": 128, "M": 128, "H": 28, "K": 3, "P": 1},
     "3x3 stride 2": {"N": 32, "C": 128, "M": 256, "H": 28, "K": 3, "S": 2, "P": 1},
+    "small map": {"N": 1, "C": 256, "M": 256, "H": 14, "K": 3, "P": 1},
     "stem": {"N": 32, "C": 3, "M": 64, "H": 224, "K": 7, "S": 2, "P": 3},
     "1x1": {"N": 32, "C": 256, "M": 64, "H": 56, "K": 1},
     "patches": {"N": 32, "C": 96, "M": 192, "H": 56, "K": 2, "S": 2},
@@ -62,7 +63,7 @@ def representative(space: list[Config]) -> dict[str, Config]:
 # The general algorithms serve every layer: these are enough for them.
 HOME = {
     "banded": ("few channels",),
-    "dense": ("3x3", "3x3 stride 2", "3x3x3"),
+    "dense": ("3x3", "3x3 stride 2", "small map", "3x3x3"),
     "few_channel": ("stem",),
 }
 

@@ -35,11 +35,12 @@ def arrival_counters(count: int, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index != torch.cuda.current_device():
+    current = torch._C._cuda_getDevice()
+    index = current if device.index is None else device.index
+    if index != current:
         with torch.cuda.device(index):
             return arrival_counters(count, device)
-    stream = torch.cuda.current_stream(index).cuda_stream
+    stream = torch._C._cuda_getCurrentRawStream(index)
     graph = 0
     if torch.cuda.is_current_stream_capturing():
         graph = _graph_of(stream)

@@ -33,9 +33,9 @@ class Dense(Algorithm):
         return tile_space(problem, device, split_sum=True)
 
     def plan(self, problem: ConvProblem, config: TileConfig) -> LaunchPlan:
-        """One launch, or two when the sum is split."""
+        """One launch, or two where a second kernel adds the parts of a sum."""
         return plan_of(problem, config)
 
     def footprint(self, problem: ConvProblem, config: TileConfig, device: DeviceFacts) -> Footprint:
-        """Of the product; the sum of partial results is a second launch."""
+        """Of the product; a kernel that adds parts of a sum is a second launch."""
         return product_footprint(problem, config, device)

@@ -35,7 +35,7 @@ class Grouped(Algorithm):
         return tile_space(problem, device, split_sum=True)
 
     def plan(self, problem: ConvProblem, config: TileConfig) -> LaunchPlan:
-        """One launch over all groups, or two when the sum is split."""
+        """One launch over all groups, or two where a second kernel adds the parts of a sum."""
         return plan_of(problem, config)
 
     def footprint(self, problem: ConvProblem, config: TileConfig, device: DeviceFacts) -> Footprint:

@@ -223,8 +223,8 @@ def finished(
     if split.one_launch:
         tiles = math.prod(call.grid) // splits
         dtypes["arrivals"] = torch.int32
-        size = (tiles, splits, config.block_m, config.block_n)
-        parts = Workspace("partial", size, torch.float32)
+        shape = (tiles, splits, config.block_m, config.block_n)
+        parts = Workspace("partial", shape, torch.float32)
         arrivals = Workspace("arrivals", (tiles,), torch.int32, counters=True)
         return LaunchPlan((call,), dtypes, (parts, arrivals))
     epilogue = epilogue_arguments(problem)

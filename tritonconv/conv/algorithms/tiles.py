@@ -95,7 +95,7 @@ _FIRST_LOAD_US = 0.7
 _STEP_US = 0.12
 _GATHER_US = 1.2  # a part stored, counted and read back
 _CACHE_RATE = 5.5e6
-_CACHE_RATE_OF_ONE = 8e4  # of one multiprocessor
+_CACHE_RATE_OF_ONE = 6e4  # of one multiprocessor
 
 
 def product_us(
@@ -138,11 +138,11 @@ def product_split(
 
 def _splits(problem: ConvProblem, block_k: int) -> list[int]:
     """Numbers of parts, each of two steps at least, that are worth a thought."""
-    most = max(1, reduction_steps(problem, block_k) // 2)
+    steps = reduction_steps(problem, block_k)
     plain = problem.x_layout != "strided" and problem.y_layout != "strided"
     # A whole sum over points is the pointwise algorithm's.
-    least = min(2, most) if problem.pointwise and plain else 1
-    return [split for split in _SPLITS if least <= split <= most]
+    least = min(2, steps) if problem.pointwise and plain else 1
+    return [split for split in _SPLITS if least <= split <= max(least, steps // 2)]
 
 
 def small_product(problem: ConvProblem, sm_count: int) -> bool:
@@ -158,14 +158,23 @@ def _small_default(problem: ConvProblem, block_k: int, device: DeviceFacts) -> T
     """Small tiles and a split sum: what the estimate likes best."""
     rows, columns, depth = product_shape(problem)
     sms = device.sm_count
-    deepest = power_of_two(depth, 16, 2 * block_k if problem.dtype.itemsize == 2 else block_k)
+    matrix = problem.dtype.itemsize == 2 or problem.precision == "tf32"
+    deepest = power_of_two(depth, 16, 2 * block_k if matrix else block_k)
     options = [
         (power_of_two(rows, 16, m), power_of_two(columns, 16, n), k)
         for m, n in _SMALL_TILES
         for k in dict.fromkeys((block_k, deepest))
     ]
-    splits = {option: product_split(problem, *option, sms) for option in options}
-    m, n, k = min(options, key=lambda option: product_us(problem, *option, splits[option], sms))
+    size = 3 * problem.dtype.itemsize  # of three stages
+    fitting = [(m, n, k) for m, n, k in options if (m + n) * k * size <= device.shared_bytes]
+    options = fitting or options[-2:]
+    splits = {(m, n, k): product_split(problem, m, n, k, sms) for m, n, k in options}
+
+    def microseconds(option: tuple[int, int, int]) -> float:
+        block_m, block_n, step = option
+        return product_us(problem, block_m, block_n, step, splits[option], sms)
+
+    m, n, k = min(options, key=microseconds)
     split = splits[m, n, k]
     bytes_each = (m + n) * k * problem.dtype.itemsize
     stages = 5 if 5 * bytes_each <= device.shared_bytes * 0.9 else 3
@@ -259,6 +268,18 @@ def tile_space(
                 lambda block_m, block_n: block_m * block_n <= 128 * 64,
             )
         )
+    if small:
+        constraints.append(
+            Constraint(
+                "small product",
+                "tiles are too few for larger ones, and their warps follow from their size",
+                lambda num_warps, block_m, block_n: (
+                    block_m * block_n <= 128 * 64
+                    and max(block_m, block_n) <= 128
+                    and (num_warps == 8) == (block_m * block_n == 128 * 64)
+                ),
+            )
+        )
     if not wgrad:
 
         def parts(block_m: int, block_n: int, block_k: int) -> tuple[int, ...]:
@@ -268,7 +289,8 @@ def tile_space(
             allowed = _splits(problem, block_k)
             around = (allowed[0], best, 2 * best, max(1, best // 2))
             found = dict.fromkeys(around)
-            return tuple(split for split in found if allowed[0] <= split <= 2 * allowed[-1])
+            most = min(2 * allowed[-1], reduction_steps(problem, block_k))
+            return tuple(split for split in found if allowed[0] <= split <= most)
 
         parameters.append(Derived("split_k", parts))
         parameters.append(Derived("one_launch", lambda split_k: (1, 0) if split_k > 1 else (0,)))
