@@ -2,6 +2,7 @@
 
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .convert import ConversionReport, Converted, Kept, convert, revert
+from .scaled import ScaledConv1d, ScaledConv2d, ScaledConv3d
 
 __all__ = [
     "Conv1d",
@@ -13,6 +14,9 @@ __all__ = [
     "ConversionReport",
     "Converted",
     "Kept",
+    "ScaledConv1d",
+    "ScaledConv2d",
+    "ScaledConv3d",
     "convert",
     "revert",
 ]
