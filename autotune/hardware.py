@@ -203,4 +203,5 @@ def _guess(device: DeviceFacts) -> Ceilings:
     """Ceilings of a device that nobody measured: its bandwidth class and usual ratios to it."""
     bandwidth = device.memory_gbps * 1e9
     rates = {"bfloat16": 220.0, "float16": 220.0, "tf32": 110.0, "float32": 18.0, "float64": 9.0}
+    rates["float8_e4m3fn"] = 2 * rates["bfloat16"]
     return Ceilings(bandwidth, {name: bandwidth * r for name, r in rates.items()}, measured=False)

@@ -29,7 +29,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "few channels": {"N": 2, "C": 16, "M": 16, "D": 32, "H": 64, "K": 3, "P": 1},
     "depthwise": {"N": 32, "C": 96, "M": 96, "H": 56, "K": 7, "P": 3, "G": 96},
 }
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "quantised")
+NO_FLOAT8 = ("sm_80", "sm_86")  # they have no conversion of it: PyTorch computes there
 
 
 def volume(config: Config) -> int:
@@ -70,6 +71,10 @@ HOME = {
 
 def wanted(target: str, dtype: str, label: str, everything: bool) -> bool:
     """Whether a case is compiled: all of them for one target, for the others the defaults."""
+    if dtype == "quantised":
+        return label == "default" and target == "sm_90"
+    if dtype == "float8_e4m3fn":
+        return label == "default" and target not in NO_FLOAT8
     if everything or target == "sm_90":
         return label == "default" or dtype == "bfloat16"
     # Single precision takes the most shared memory, which these have least of.
@@ -89,6 +94,12 @@ def cases(
                 continue
             for dtype in DTYPES:
                 more = {"dtype": dtype, "layout": "channels_last"}
+                if dtype in ("float8_e4m3fn", "quantised"):
+                    if direction is not Direction.FORWARD:
+                        continue
+                    more["output_dtype"] = "float8_e4m3fn"
+                if dtype == "quantised":
+                    more["dtype"] = "bfloat16"
                 if direction is Direction.FORWARD:
                     more["epilogue"] = "fused+acc" if dtype == "bfloat16" else "fused"
                 if direction is Direction.DGRAD and dtype == "float16":
@@ -123,7 +134,8 @@ def main(target: str, everything: bool = False) -> None:
         try:
             plan = algorithm.plan(problem, config)
             assert plan is not None
-            resources = case["dtype"] == "bfloat16" and case["label"] == "default"
+            resources = case["dtype"] in ("bfloat16", "float8_e4m3fn")
+            resources = resources and case["label"] == "default"
             compiled = compile_plan(plan, target, resources=resources)
             row["kernels"] = [dataclasses.asdict(kernel) for kernel in compiled]
         except Exception as error:  # reported by the test, with its case

@@ -76,15 +76,13 @@ def plain_fused(x: Tensor, w: Tensor, b: Tensor, r: Tensor, slope: Tensor) -> Te
 
 
 def quantised(x: Tensor, w: Tensor) -> Tensor:
-    with torch.no_grad():
-        small, scale = tc.quantize_per_tensor(x)
+    with torch.no_grad():  # opcheck cannot compare operands of float8
         return tc.scaled_conv2d(
-            small,
-            *tc.quantize_per_channel(w)[:1],
-            scale_input=scale,
-            scale_weight=scale,
+            x,
+            w,
+            scale_output=torch.full((), 0.5, device=x.device),
             epilogue=lambda y, r: torch.relu(y) + r,
-            epilogue_args=(scale,),
+            epilogue_args=(torch.ones(5, 4, device=x.device)[:3, :2],),
         )
 
 

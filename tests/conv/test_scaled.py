@@ -370,3 +370,14 @@ def test_a_call_asks_for_the_problem_that_a_suite_names() -> None:
     row = {"N": 2, "C": 20, "M": 14, "H": 7, "W": 6, "K": 3, "dtype": "float8_e4m3fn"}
     row |= {"layout": "contiguous", "weight_layout": "channels_last"}
     assert dict(problem.fields()) == dict(operator.parse(row).fields())
+
+
+def test_the_rival_of_a_float8_product_is_pytorch_in_bfloat16() -> None:
+    operator = OPERATORS[Direction.FORWARD, 2]
+    problem = operator.parse({"C": 32, "M": 8, "H": 4, "dtype": "float8_e4m3fn"})
+    assert "aten" not in [a.name for a in operator.candidates(problem)]
+    rivals = operator.elsewhere(problem)
+    assert {rival.x_layout for rival in rivals} == {"channels_last", "contiguous"}
+    assert {(r.dtype, r.out_dtype, r.epilogue) for r in rivals} == {(torch.bfloat16, None, None)}
+    alone = operator.parse({"C": 4, "M": 4, "G": 4, "H": 4, "dtype": "float8_e4m3fn"})
+    assert [a.name for a in operator.candidates(alone)] == ["aten"]

@@ -70,10 +70,18 @@ class ConvOperator(Operator):
         return problem
 
     def elsewhere(self, problem: ConvProblem) -> tuple[ConvProblem, ...]:
-        """All tensors in the memory format that the input is not in."""
-        other = "contiguous" if problem.x_layout == "channels_last" else "channels_last"
-        formats = dict.fromkeys(("layout", "weight_layout", "output_layout"), other)
-        return (self.parse({**problem.fields(), **formats}),)
+        """All tensors in the memory format that the input is not in.
+
+        PyTorch has no float8 convolution: its rival to one is the bare product in bfloat16.
+        """
+        fields = dict(problem.fields())
+        names = ["contiguous" if problem.x_layout == "channels_last" else "channels_last"]
+        if problem.dtype is FLOAT8:
+            del fields["output_dtype"]
+            fields.update(dtype="bfloat16", precision="ieee", epilogue="none")
+            names = ["channels_last", "contiguous"]
+        kinds = ("layout", "weight_layout", "output_layout")
+        return tuple(self.parse({**fields, **dict.fromkeys(kinds, name)}) for name in names)
 
     def outputs(self, problem: ConvProblem) -> tuple[str, ...]:
         """The product, and the accumulator when the epilogue saves it."""

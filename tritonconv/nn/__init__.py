@@ -3,6 +3,7 @@
 from .batch_norm import ConvBatchNorm1d, ConvBatchNorm2d, ConvBatchNorm3d, Unnormalised
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .convert import ConversionReport, Converted, Kept, convert, revert
+from .scaled import ScaledConv1d, ScaledConv2d, ScaledConv3d
 
 __all__ = [
     "Conv1d",
@@ -17,6 +18,9 @@ __all__ = [
     "ConversionReport",
     "Converted",
     "Kept",
+    "ScaledConv1d",
+    "ScaledConv2d",
+    "ScaledConv3d",
     "Unnormalised",
     "convert",
     "revert",
