@@ -502,9 +502,7 @@ class _WgradTwo(library.OpFunction):
 
 def conv_two(first: Tensor, second: Tensor, w: Tensor, geometry: Sequence[Any]) -> Tensor:
     """conv([first, second], w)."""
-    result: Tensor = CONV_FUSED(
-        [first, second], w, [], "", [], [], "", False, False, *geometry
-    )[0]
+    result: Tensor = CONV_FUSED([first, second], w, [], "", [], [], "", False, False, *geometry)[0]
     return result
 
 

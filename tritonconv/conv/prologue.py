@@ -167,7 +167,8 @@ def _read(operand: Tensor, x: Tensor, name: str) -> tuple[Axes, Tensor]:
     shape = tuple(x.shape)
     if operand.dim() == 1:
         wanted = f"({shape[1]},), one number per channel, or a shape broadcastable to {shape}"
-        if operand.shape[0] not in (1, shape[1]):
+        have, want = operand.shape[0], shape[1]
+        if have != 1 and have != want:  # not `in`: a symbolic size has to be compared
             raise bad_value(name, wanted, tuple(operand.shape))
         return ((1,), operand) if operand.shape[0] != 1 else ((), operand.reshape(()))
     lead = len(shape) - operand.dim()

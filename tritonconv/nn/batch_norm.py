@@ -30,9 +30,7 @@ def _normalise(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (x - mean) * scale + shift
 
 
-def _activate(
-    activation: Scalar, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor
-) -> Any:
+def _activate(activation: Scalar, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Any:
     return activation((x - mean) * scale + shift)
 
 
