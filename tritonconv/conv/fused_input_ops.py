@@ -11,6 +11,7 @@ that have gradients themselves: generated elementwise functions, and the product
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -398,7 +399,7 @@ def apply_elementwise(program: Program, x: Tensor, reads: Sequence[Tensor]) -> T
 def _parts(values: Sequence[Any], counts: tuple[int, int, int]) -> list[list[Any]]:
     """Inputs, what the prologue reads, the epilogue's operands and captures."""
     bounds = [0, counts[0], counts[0] + counts[1], sum(counts), len(values)]
-    return [list(values[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(values[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def _differentiable(
