@@ -57,7 +57,8 @@ class FusedOperator(ConvOperator):
         if not 0 <= second < plain.in_channels:
             raise bad_value("second_channels", f"fewer than {plain.in_channels}", second)
         wide = bool(fields.get("wide", False))
-        x_strides, second_strides = plain.x_strides, ()
+        x_strides = plain.x_strides
+        second_strides: tuple[int, ...] = ()
         if second:
             x_shape = (plain.batch, plain.in_channels - second, *plain.in_size)
             x_strides = strides_for(x_shape, str(fields.get("layout", plain.x_layout)), wide)

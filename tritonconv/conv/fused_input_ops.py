@@ -95,7 +95,8 @@ def _problem(
 ) -> FusedProblem:
     x = inputs[0]
     bare = forward_problem(x, w, *geometry)
-    second, strides = 0, ()
+    second = 0
+    strides: tuple[int, ...] = ()
     if len(inputs) == 2:
         second, strides = inputs[1].shape[1], tuple(inputs[1].stride())
         bare = replace(bare, in_channels=x.shape[1] + second)
@@ -149,7 +150,7 @@ def _fused(
     if found is None:
         problem = _problem(*asked)
         found = (fused_runner(problem, x.device), problem.y_shape, problem.y_strides)
-        if found[0].asked.final:  # type: ignore[union-attr]
+        if found[0].asked.final:
             FORWARD[key] = found
     prepared, shape, strides = found
     assert prepared is not None
@@ -290,7 +291,8 @@ class _Fused(library.OpFunction):
         need_product = need_w or any(need_inputs) or any(need_reads)
         if grad_mean is not None or grad_var is not None:
             grad = _through_statistics(ctx, grad, y, mean, grad_mean, grad_var)
-        through, rest = grad, (None,) * (len(operands) + len(captures))
+        through = grad
+        rest: list[Tensor | None] = [None] * (len(operands) + len(captures))
         if ctx.function and grad is not None:
             through, *rest = pull_back(
                 _as_elements(program_of(ctx.function)),
@@ -375,10 +377,10 @@ def _product_gradients(
     if not any(wanted):
         return [grad_w, *[None] * (1 + len(reads))]
     behind = CONV_DGRAD(through, w, in_size, *geometry)
-    found = pull_back(
+    results = pull_back(
         _of_elements(program), x.shape, [x], reads, [behind], wanted, is_channels_last(x)
     )
-    return [grad_w, *found]
+    return [grad_w, *results]
 
 
 @functools.cache

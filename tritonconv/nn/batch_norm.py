@@ -123,7 +123,8 @@ class _ConvBatchNorm(torch.nn.Module):
             norm: a batch normalisation over its output channels.
             activation: scalar function applied behind.
         """
-        if not isinstance(conv, cls._conv.__bases__[1]):
+        kind: Any = cls._conv.__bases__[1]  # PyTorch's
+        if not isinstance(conv, kind):
             raise bad_type("conv", f"a {cls._conv.__name__}", type(conv).__name__)
         if not isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
             raise bad_type("norm", "a batch normalisation", type(norm).__name__)
