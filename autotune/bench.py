@@ -93,8 +93,11 @@ def contenders(
     generated = _best_generated(operator, problem, rows[0][1], facts)
     if generated is not None:
         rows.append((GENERATED, generated))
-    for algorithm in operator.candidates(problem):
-        if algorithm.name == PYTORCH_ALGORITHM:
+    for algorithm in operator.algorithms:
+        # float32 by three TF32 products, which PyTorch does not have, has its float32 for a rival.
+        emulated = problem.fields().get("precision") == "tf32x3"
+        served = emulated or algorithm.supports(problem) is None
+        if algorithm.name == PYTORCH_ALGORITHM and served:
             rows.append((TORCH, Candidate(algorithm.name, algorithm.configs(problem, facts)[0])))
     return choice.tier, rows
 
@@ -136,7 +139,8 @@ def bench(
     """Time tuned, default, the best generated kernel and PyTorch in turns for every problem.
 
     A kernel that two contenders share is timed once, so that equal kernels show equal times.
-    PyTorch runs with cuDNN's benchmark mode on and without the demand for a fixed order of sums;
+    PyTorch runs float32 products of three TF32 ones, which it does not have, in full precision;
+    always with cuDNN's benchmark mode on and without the demand for a fixed order of sums;
     with ``everywhere`` it is also timed, afterwards, on tensors in other memory formats.
 
     Raises:

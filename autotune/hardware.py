@@ -34,8 +34,10 @@ _ADDRESS_REGISTERS = 48  # indices, pointers and masks beside the accumulator
 
 # Constants of the prediction: orders of magnitude of current data-centre GPUs.
 _LAUNCH_US = 2.0
-_NEXT_LAUNCH_US = 1.0
+_NEXT_LAUNCH_US = 1.5
 _L2_OVER_MEMORY = 2.2  # bandwidth of the L2 cache over that of memory
+_GATHER_US = 1.2  # from a block's store to another block that was told of it and loads it
+_BLOCK_RATE = 80e9  # bytes per second that one multiprocessor draws from the L2 cache
 _LATENCY_US = 0.7  # of a load that misses the L1 cache, with its address arithmetic
 _FALLBACK_RATE = 50.0  # flops per byte of memory bandwidth, where the rates are unknown
 
@@ -177,16 +179,23 @@ class Model:
         per_block = footprint.flops / footprint.programs
         arithmetic = busiest * per_block * sms / (rate * max(saturation, 0.125))
         moved = max(self.compulsory, footprint.bytes_stored)
-        # A grid smaller than the device cannot draw its full bandwidth.
+        # A grid smaller than the device cannot draw its full bandwidth: too few threads wait for
+        # loads, or too few bytes are on their way where copies run in the background.
         share = min(1.0, footprint.programs * footprint.threads / (sms * 256))
+        l2_rate = self.bandwidth * _L2_OVER_MEMORY
+        if footprint.in_flight > 1:
+            under_way = footprint.bytes_loaded / max(1, footprint.steps) * footprint.in_flight
+            enough = l2_rate * _LATENCY_US * 1e-6
+            drawn = footprint.programs * _BLOCK_RATE / l2_rate
+            share = max(share, min(1.0, under_way / enough, drawn))
         memory = moved / (self.bandwidth * share)
-        cache = (footprint.bytes_loaded + footprint.bytes_stored) / (
-            self.bandwidth * _L2_OVER_MEMORY * share
-        )
+        cache = (footprint.bytes_loaded + footprint.bytes_stored) / (l2_rate * share)
         # Blocks of a multiprocessor hide each other's waits; steps of one block do not.
         waiting = waves * (1 + footprint.steps / footprint.in_flight) * _LATENCY_US
         busy = max(arithmetic, memory, cache) * 1e6
-        start = _LAUNCH_US + (footprint.launches - 1) * _NEXT_LAUNCH_US
+        start = _LAUNCH_US + (footprint.launches - 1) * (_NEXT_LAUNCH_US + _LATENCY_US)
+        if footprint.gathered_bytes:
+            start += _GATHER_US + footprint.gathered_bytes / _BLOCK_RATE * 1e6
         return start + max(busy, waiting) + 0.15 * min(busy, waiting)
 
 

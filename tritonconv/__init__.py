@@ -9,6 +9,13 @@ from .conv.api import (
     conv_transpose2d,
     conv_transpose3d,
 )
+from .conv.scaled import (
+    quantize_per_channel,
+    quantize_per_tensor,
+    scaled_conv1d,
+    scaled_conv2d,
+    scaled_conv3d,
+)
 from .conv.statistics import conv1d_with_stats, conv2d_with_stats, conv3d_with_stats
 from .runtime.backend import backend
 from .runtime.errors import TritonConvError
@@ -30,6 +37,11 @@ __all__ = [
     "conv_transpose3d",
     "explain",
     "nn",
+    "quantize_per_channel",
+    "quantize_per_tensor",
+    "scaled_conv1d",
+    "scaled_conv2d",
+    "scaled_conv3d",
     "settings",
     "tuning",
 ]

@@ -33,6 +33,7 @@ from .common import (
     NoColorOption,
     OperatorsArgument,
     Output,
+    PrecisionOption,
     QuietOption,
     ShapesOption,
     SizeOption,
@@ -57,6 +58,7 @@ def bench(
     shapes: ShapesOption = None,
     dtype: DtypeOption = None,
     layout: LayoutOption = None,
+    precision: PrecisionOption = None,
     policy: Annotated[
         Policy, typer.Option("--policy", help="How calls are timed.")
     ] = Policy.GRAPH_COLD,
@@ -100,7 +102,12 @@ def bench(
     if compiled and model is None:
         raise bad_value("--compile", "with --model", "without")
     if model is not None:
-        idle = {"--vs": vs is not None, "--host": host, "operators": bool(operators)}
+        idle = {
+            "--vs": vs is not None,
+            "--host": host,
+            "--precision": bool(precision),
+            "operators": bool(operators),
+        }
         for name, asked in idle.items():
             if asked:
                 raise bad_value(name, "without --model", "with it")
@@ -110,7 +117,9 @@ def bench(
         return
     wanted = str(shapes or suite)
     lab = CudaLab()
-    pairs = unique_pairs(pairs_of(operators, wanted, dtypes=dtype, layouts=layout))
+    pairs = unique_pairs(
+        pairs_of(operators, wanted, dtypes=dtype, layouts=layout, precisions=precision)
+    )
     if host:
         _host(out, pairs, lab)
         return

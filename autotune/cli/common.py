@@ -65,6 +65,13 @@ ShapesOption = Annotated[
         "--shapes", help='A suite, a JSON file, or a shape: "N=8,C=64,M=64,H=56,K=3,P=1".'
     ),
 ]
+SeveralShapesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shapes",
+        help='A suite, a JSON file, or a shape: "N=8,C=64,M=64,H=56,K=3,P=1"; repeat for several.',
+    ),
+]
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -91,6 +98,10 @@ DtypeOption = Annotated[
 LayoutOption = Annotated[
     list[str] | None,
     typer.Option("--layout", help="channels_last or contiguous; repeat for several."),
+]
+PrecisionOption = Annotated[
+    list[str] | None,
+    typer.Option("--precision", help="Of float32: ieee, tf32 or tf32x3; repeat for several."),
 ]
 OpOption = Annotated[
     str | None, typer.Option("--op", help="Only this operator or family, such as conv2d.")
@@ -154,6 +165,7 @@ def pairs_of(
     *,
     dtypes: Sequence[str] | None = None,
     layouts: Sequence[str] | None = None,
+    precisions: Sequence[str] | None = None,
 ) -> list[tuple[Operator, Problem]]:
     """The problems that operator names and ``--shapes`` mean, in a fixed order.
 
@@ -162,7 +174,7 @@ def pairs_of(
     """
     suite = load_shapes(shapes)
     names = expand_operators(operators) or _operators_of(suite)
-    chosen = {"dtype": dtypes or (), "layout": layouts or ()}
+    chosen = {"dtype": dtypes or (), "layout": layouts or (), "precision": precisions or ()}
     rows = list(suite.rows(chosen))
     return [
         (operator, operator.parse(row)) for operator in map(get_operator, names) for row in rows

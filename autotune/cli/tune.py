@@ -41,8 +41,9 @@ from .common import (
     NoColorOption,
     OperatorsArgument,
     Output,
+    PrecisionOption,
     QuietOption,
-    ShapesOption,
+    SeveralShapesOption,
     SizeOption,
     TargetOption,
     VerboseOption,
@@ -64,7 +65,7 @@ class RankLostError(TritonConvError):
 
 def tune(
     operators: OperatorsArgument = None,
-    shapes: ShapesOption = None,
+    shapes: SeveralShapesOption = None,
     model: ModelOption = None,
     missed: Annotated[
         bool,
@@ -76,6 +77,7 @@ def tune(
     channels: ChannelsOption = None,
     dtype: DtypeOption = None,
     layout: LayoutOption = None,
+    precision: PrecisionOption = None,
     effort: Annotated[
         Effort, typer.Option("--effort", help="How much of each space to try.")
     ] = Effort.QUICK,
@@ -137,10 +139,16 @@ def tune(
     named = [name for name, given in _sources(shapes, model, missed) if given]
     if len(named) != 1:
         raise bad_value("tune", "one of --shapes, --model, --missed", ", ".join(named) or "none")
+    if precision and not shapes:
+        raise bad_value("--precision", "with --shapes", "without")
     if not dry_run:
         require_gpu()
-    if shapes is not None:
-        pairs = pairs_of(operators, shapes, dtypes=dtype, layouts=layout)
+    if shapes:
+        pairs = [
+            pair
+            for one in shapes
+            for pair in pairs_of(operators, one, dtypes=dtype, layouts=layout, precisions=precision)
+        ]
     elif model is not None:
         pairs = _model_pairs(
             model, model_args, operators, batch, parse_size(size), channels, dtype, layout
@@ -182,8 +190,10 @@ def tune(
         raise typer.Exit(ExitCode.PARTIAL)
 
 
-def _sources(shapes: str | None, model: str | None, missed: bool) -> tuple[tuple[str, bool], ...]:
-    return ("--shapes", shapes is not None), ("--model", model is not None), ("--missed", missed)
+def _sources(
+    shapes: Sequence[str] | None, model: str | None, missed: bool
+) -> tuple[tuple[str, bool], ...]:
+    return ("--shapes", bool(shapes)), ("--model", model is not None), ("--missed", missed)
 
 
 def _run(

@@ -13,12 +13,14 @@ from autotune_fakes import PlaybackLab, Scale, ScaleProblem, Wrong, table_of
 from torch import nn
 from typer.testing import CliRunner
 
+from tritonconv.autotune.bench import contenders
 from tritonconv.autotune.cli import app
 from tritonconv.autotune.laboratory import Setup
 from tritonconv.autotune.store import Store
 from tritonconv.autotune.tune import TuningStoppedError, tune
 from tritonconv.runtime import tables
 from tritonconv.runtime.device import nominal_device
+from tritonconv.runtime.operators import get_operator
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
 
@@ -110,6 +112,24 @@ def test_a_dry_run_needs_no_gpu_and_says_what_is_left_out(cache: Path, scale: Sc
     assert "size is not a multiple" in text
 
 
+@no_gpu
+def test_the_precision_of_a_suite_is_chosen(cache: Path) -> None:
+    arguments = ("tune", "--shapes", "multi_channel", "--dry-run", "--effort", "none")
+    value = as_json(cache, *arguments, "--precision", "tf32", "--precision", "tf32x3")
+    rows = [row["problem"] for row in value["problems"]]
+    assert [row["precision"] for row in rows] == ["tf32"] * 27 + ["tf32x3"] * 27
+    result = invoke(cache, "tune", "--model", "resnet50", "--precision", "tf32", code=2)
+    assert "--precision" in result.stderr
+
+
+def test_pytorchs_float32_is_the_rival_of_three_tf32_products() -> None:
+    operator = get_operator("conv2d.forward")
+    problem = operator.parse({"C": 64, "M": 64, "H": 8, "K": 3, "precision": "tf32x3"})
+    _, rows = contenders(operator, problem, PlaybackLab())
+    assert [candidate.algorithm for name, candidate in rows if name == "torch"] == ["aten"]
+    assert all(candidate.algorithm != "aten" for name, candidate in rows if name != "torch")
+
+
 def test_tune_then_show_then_tune_again(cache: Path, scale: Scale, lab: PlaybackLab) -> None:
     arguments = ("tune", scale.name, "--shapes", "size=64")
     value = as_json(cache, *arguments)
@@ -133,6 +153,14 @@ def test_a_file_of_shapes(cache: Path, scale: Scale, lab: PlaybackLab, tmp_path:
     file.write_text(json.dumps([{"size": 10, "name": "a"}, {"size": 20}]))
     value = as_json(cache, "tune", scale.name, "--shapes", str(file), "-q")
     assert [row["problem"]["size"] for row in value["reports"]] == [10, 20]
+
+
+def test_several_shapes_are_tuned_at_once_and_each_problem_once(
+    cache: Path, scale: Scale, lab: PlaybackLab
+) -> None:
+    shapes = ("--shapes", "size=64", "--shapes", "size=32", "--shapes", "size=64")
+    value = as_json(cache, "tune", scale.name, *shapes, "-q")
+    assert [row["problem"]["size"] for row in value["reports"]] == [64, 32]
 
 
 def test_bench_compares_tuned_default_and_torch(

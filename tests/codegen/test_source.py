@@ -38,7 +38,7 @@ from tritonconv.codegen import device_math as dm
 
 @triton.jit
 def act(x, c, mask, ptrs, strides):
-    bias = dm.load(ptrs[0] + (c * strides[0]), mask).to(tl.float32)
+    bias = dm.load(ptrs[0] + (c * strides[0]), (c >= 0) & (c < 4)).to(tl.float32)
     add = x + bias
     relu = dm.maximum(add, tl.full([], 0.0, tl.float32))
     mul = relu * 0.5

@@ -25,6 +25,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "patches": {"N": 32, "C": 96, "M": 192, "H": 56, "K": 2, "S": 2},
     "groups": {"N": 32, "C": 128, "M": 128, "H": 28, "K": 3, "P": 1, "G": 32},
     "3x3x3": {"N": 4, "C": 64, "M": 64, "D": 16, "H": 32, "K": 3, "P": 1},
+    "few channels": {"N": 2, "C": 16, "M": 16, "D": 32, "H": 64, "K": 3, "P": 1},
     "depthwise": {"N": 32, "C": 96, "M": 96, "H": 56, "K": 7, "P": 3, "G": 96},
 }
 DTYPES = ("bfloat16", "float16", "float32")
@@ -59,7 +60,11 @@ def representative(space: list[Config]) -> dict[str, Config]:
 
 
 # The general algorithms serve every layer: these are enough for them.
-HOME = {"dense": ("3x3", "3x3 stride 2", "3x3x3"), "few_channel": ("stem",)}
+HOME = {
+    "banded": ("few channels",),
+    "dense": ("3x3", "3x3 stride 2", "3x3x3"),
+    "few_channel": ("stem",),
+}
 
 
 def wanted(target: str, dtype: str, label: str, everything: bool) -> bool:

@@ -45,6 +45,10 @@ PROBLEMS: dict[str, Fields] = {
     "3-D patches": fields(N=2, C=3, M=6, D=4, H=6, W=4, K="2x3x2", S="2x3x2"),
     "3-D patches with a rest": fields(N=1, C=9, M=4, D=5, H=6, W=5, K=2, S=2),
     "groups, 3-D": fields(N=1, C=8, M=6, D=3, H=4, W=5, K="3x3x2", P="1x1x0", G=2),
+    "few channels, 16 bits": fields(N=2, C=16, M=8, H=5, W=9, K=3, P=1, dtype="float16"),
+    "few channels, 16 bits, 3-D": fields(
+        N=1, C=8, M=24, D=4, H=5, W=7, K="3x2x3", P="1x0x2", dtype="float16"
+    ),
     "depth of one": fields(N=1, C=9, M=6, D=1, H=5, W=4, K="1x3x3", P="0x1x1"),
 }
 
@@ -64,4 +68,5 @@ KINDS = (
     "narrow groups",
     "depthwise, multiplier, stride 2",
     "an axis each",
+    "few channels, 16 bits",
 )

@@ -38,6 +38,10 @@ CASES = {
     "1-D, stride 3": case(1, N=1, C=6, M=6, W=17, K=4, S=3, P=1, G=6),
     "2-D": case(2, N=2, C=16, M=16, H=9, W=7, K=5, P=2, G=16),
     "2-D, 3x3": case(2, N=3, C=20, M=20, H=5, W=8, K=3, P=1, G=20),
+    "2-D, no padding, a rest of rows": case(2, N=2, C=4, M=4, H=7, W=6, K=3, G=4),
+    "2-D, 4x3, dilated columns": case(
+        2, N=1, C=8, M=8, H=6, W=9, K="4x3", P="3x2", dilation="1x2", G=8
+    ),
     "2-D, stride 2": case(2, N=1, C=8, M=8, H=9, W=10, K=3, S=2, P=1, G=8),
     "2-D, stride 2x3, dilation 3x2": case(
         2, N=1, C=4, M=4, H=11, W=12, K="3x2", S="2x3", P="3x1", dilation="3x2", G=4
@@ -114,6 +118,58 @@ def test_tiles(name: str, direction: Direction, tile: str, device: torch.device)
         config = dataclasses.replace(config, pack=0, split=3, rows=2)
     operator, problem = parse(name, direction)
     run(operator, problem, config, device)
+
+
+# Segments that do and do not divide the map, steps that do and do not divide a segment.
+WALKS = {
+    "whole map": DepthwiseConfig(2, 2, 1, 3, 1, pack=1, flat=1, walk=100),
+    "steps of two": DepthwiseConfig(4, 4, 2, 4, 1, pack=1, flat=1, walk=4),
+    "one channel, ahead": DepthwiseConfig(1, 1, 1, 7, 2, pack=1, flat=1, walk=3, ahead=1),
+    "steps of three, ahead": DepthwiseConfig(2, 2, 3, 2, 1, pack=1, flat=1, walk=4, ahead=1),
+    "a tile, lanes over all channels": DepthwiseConfig(4, 4, 2, 3, 1, pack=1, flat=1),
+    "the same, weights in place": DepthwiseConfig(1, 1, 1, 4, 1, flat=1),
+}
+WALKED = ("2-D", "2-D, 3x3", "2-D, no padding, a rest of rows", "2-D, 4x3, dilated columns")
+WEIGHT_WALKS = {
+    "whole map": DepthwiseConfig(8, 2, 1, 3, 1, split=2, walk=100),
+    "steps of two": DepthwiseConfig(16, 4, 2, 2, 1, split=3, walk=4),
+    "steps of three": DepthwiseConfig(8, 4, 3, 5, 2, walk=5),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.DGRAD])
+@pytest.mark.parametrize("name", WALKED)
+def test_walks(name: str, direction: Direction, walk: str, device: torch.device) -> None:
+    operator, problem = parse(name, direction, layout="channels_last")
+    run(operator, problem, WALKS[walk], device)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("walk", WEIGHT_WALKS)
+@pytest.mark.parametrize("name", WALKED)
+def test_weight_gradients_by_rows(name: str, walk: str, device: torch.device) -> None:
+    operator, problem = parse(name, Direction.WGRAD, layout="channels_last")
+    run(operator, problem, WEIGHT_WALKS[walk], device)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("epilogue", ["fused", "fused+acc"])
+@pytest.mark.parametrize("walk", ["steps of two", "steps of three, ahead"])
+def test_walks_with_an_epilogue(epilogue: str, walk: str, device: torch.device) -> None:
+    operator, problem = parse("2-D, 3x3", Direction.FORWARD, epilogue=epilogue)
+    run(operator, problem, WALKS[walk], device)
+
+
+def test_spaces_begin_with_every_kind_of_kernel() -> None:
+    for direction in (Direction.FORWARD, Direction.DGRAD):
+        configs = list(DEPTHWISE.space(layer("7x7", direction, "channels_last"), H100))[:4]
+        assert {(c.flat, min(1, c.walk)) for c in configs} == {(0, 0), (1, 0), (1, 1)}
+    for name in ("1-D", "3-D", "3x3, stride 2"):
+        assert not any(
+            c.walk for c in DEPTHWISE.space(layer(name, Direction.FORWARD, "channels_last"), H100)
+        )
 
 
 @pytest.mark.interpreter
@@ -265,7 +321,8 @@ def test_spaces_of_real_layers(name: str, direction: Direction, layout: str) -> 
 def test_lanes_of_channels_last_maps_are_channels() -> None:
     for direction in Direction:
         wide = DEPTHWISE.space(layer("7x7", direction, "channels_last"), H100)
-        assert all(config.block_c >= 16 and config.vector > 1 for config in wide)
+        assert all(c.flat or (c.block_c >= 16 and c.vector > 1) for c in wide)
+        assert all(c.block_c == c.vector for c in wide if c.flat)
         narrow = DEPTHWISE.space(layer("7x7", direction, "contiguous"), H100)
         assert all(config.block_c == 1 for config in narrow)
 

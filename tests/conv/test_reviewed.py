@@ -13,10 +13,12 @@ import torch.nn.functional as F
 import tritonconv as tc
 from tritonconv.conv.algorithms import depthwise, depthwise_model
 from tritonconv.conv.algorithms.common import MAX_GRID_Z, TileConfig
+from tritonconv.conv.algorithms.product_dgrad import every_phase_has_taps
 from tritonconv.conv.algorithms.split import splits_of
-from tritonconv.conv.dispatch import OPERATORS, ConvOperator
+from tritonconv.conv.dispatch import OPERATORS, ConvOperator, make_runner
 from tritonconv.conv.problem import Direction
 from tritonconv.runtime.device import nominal_device
+from tritonconv.runtime.tables import Choice, Tier
 
 H100 = nominal_device("sm_90")
 
@@ -115,20 +117,30 @@ def test_grids_have_room_for_the_phases_of_a_stride() -> None:
                 assert plan is None or all(max(c.grid[1:]) <= MAX_GRID_Z for c in plan.calls)
 
 
+@pytest.mark.parametrize("one_launch", [1, 0], ids=["one launch", "two"])
+@pytest.mark.parametrize("split", [1, 2, 3, 999])
 @pytest.mark.parametrize(
-    ("fields", "splits"),
+    "fields",
     [
-        ({"K": 3, "P": 1}, 4),
-        ({"K": 3, "S": 2, "P": 1}, 4),
-        ({"K": 1, "S": 2}, 1),  # three of four phases meet no tap
-        ({"K": 3, "S": 2, "P": 2, "dilation": 2}, 1),  # taps meet even phases only
-        ({"K": "2x3", "S": "3x2"}, 1),
+        {"K": 1, "S": 2},  # three of four phases meet no tap
+        {"K": 3, "S": 2, "P": 2, "dilation": 2},  # taps meet even phases only
+        {"K": "2x3", "S": "3x2"},
+        {"D": 5, "K": "2x3x1", "S": "2x1x3", "P": "1x0x2", "dilation": "1x2x1"},
+        {"D": 4, "K": 1, "S": 2},
     ],
+    ids=str,
 )
-def test_gradients_with_phases_without_taps_are_not_split(
-    fields: dict[str, Any], splits: int
+def test_split_gradients_of_phases_without_taps(
+    fields: dict[str, Any], split: int, one_launch: int, device: torch.device
 ) -> None:
-    """On a GPU, parts of such sums were missing."""
-    problem = OPERATORS[Direction.DGRAD, 2].parse({"C": 16, "M": 512, "H": 9, **fields})
-    config = TileConfig(16, 16, 16, 4, 2, split_k=4)
-    assert splits_of(problem, config) == splits
+    """Dividing by the number of taps let the compiler take it for the one that is not zero."""
+    operator = OPERATORS[Direction.DGRAD, 3 if "D" in fields else 2]
+    problem = operator.parse({"C": 9, "M": 37, "H": 6, "W": 7, **fields})
+    assert not every_phase_has_taps(problem)
+    config = TileConfig(16, 16, 16, 4, 2, split_k=split, one_launch=one_launch)
+    assert splits_of(problem, config) >= min(split, 3)
+    tensors = operator.make_tensors(problem, device, torch.Generator(device).manual_seed(1))
+    found = make_runner(problem, Choice("dense", config, Tier.DEFAULT))
+    found(*(tensors[name] for name in found.slots))
+    exact = operator.reference(problem, tensors, torch.float64)["grad_input"]
+    torch.testing.assert_close(tensors["grad_input"].double(), exact, atol=1e-4, rtol=1e-4)

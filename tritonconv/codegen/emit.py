@@ -161,7 +161,14 @@ def emit_body(program: Traced, graph: fx.Graph) -> str:
             )
             called = program.captures[capture].name
             known[node] = names.new(identifier(called) if called else f"load_{node.args[1]}")
-            lines.append(_load(known[node], len(elements) + capture, offset, TYPE_NAMES[dtype]))
+            inside = "mask"
+            if len(index) == 1 and index[0] in coord_nodes:
+                # A vector along one axis is read once for all elements of the others: the mask,
+                # which has all axes, would make a load for each.
+                (size,), name = program.captures[capture].shape, context.names[index[0]]
+                inside = f"({name} >= 0) & ({name} < {size})"
+            text = _load(known[node], len(elements) + capture, offset, TYPE_NAMES[dtype], inside)
+            lines.append(text)
         elif node.target is STOP:
             known[node] = context.text(node.args[0], context.result, False)
         else:
@@ -195,9 +202,9 @@ def _index(context: Context, index: fx.Node, wide: bool) -> str:
     return _wide(name, wide and index.meta["dtype"] is not torch.int64)
 
 
-def _load(name: str, pointer: int, offset: str, dtype: str) -> str:
+def _load(name: str, pointer: int, offset: str, dtype: str, mask: str = "mask") -> str:
     address = f"ptrs[{pointer}] + ({offset})" if offset else f"ptrs[{pointer}]"
-    return f"{name} = dm.load({address}, mask).to({dtype})"
+    return f"{name} = dm.load({address}, {mask}).to({dtype})"
 
 
 __all__ = ["constant", "emit_body", "emit_header", "function_name", "identifier", "lower"]

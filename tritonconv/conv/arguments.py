@@ -10,7 +10,7 @@ import torch
 
 from ..runtime.compat import tf32_allowed
 from ..runtime.errors import bad_type, bad_value
-from .problem import PRECISIONS
+from .problem import FLOAT8, PRECISIONS
 
 Tensor = torch.Tensor
 IntOrInts = int | Sequence[int]
@@ -138,9 +138,15 @@ def check_tensors(x: Tensor, w: Tensor, bias: Tensor | None, rank: int) -> None:
 
 
 def check_operands(
-    x: Tensor, w: Tensor, bias: Tensor | None, rank: int, groups: int, transposed: bool
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    rank: int,
+    groups: int,
+    transposed: bool,
+    float8: bool = False,
 ) -> None:
-    """Refuse shapes, dtypes and devices that do not go together."""
+    """Refuse shapes, dtypes and devices that do not go together; ``float8`` where it is served."""
     first, second = ("in", "out") if transposed else ("out", "in")
     if w.dim() != rank + 2:
         axes = f"{first}_channels, {second}_channels / groups, *kernel"
@@ -157,7 +163,7 @@ def check_operands(
             f"{channels} channels (weight {tuple(w.shape)}, groups {groups})",
             f"{x.shape[1]} channels in {tuple(x.shape)}",
         )
-    if x.dtype not in _DTYPES:
+    if x.dtype not in _DTYPES and not (float8 and x.dtype is FLOAT8):
         raise bad_type("input", "float16, bfloat16, float32 or float64", x.dtype)
     for name, tensor in (("weight", w), ("bias", bias)):
         if tensor is None:

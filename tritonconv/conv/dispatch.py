@@ -16,9 +16,19 @@ from ..runtime.plan import LaunchPlan
 from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
+from .algorithms.banded import Banded, is_clearly_better
 from .algorithms.common import slot_names
 from .epilogue import apply_with_torch, build_epilogue
-from .problem import FUSED, ConvProblem, Direction, EpilogueSpec, parse_problem, wide_stride
+from .problem import (
+    FLOAT8,
+    FUSED,
+    ConvProblem,
+    Direction,
+    EpilogueSpec,
+    parse_problem,
+    wide_stride,
+)
+from .scaled_epilogue import Scaling, scaled_epilogue
 
 Tensor = torch.Tensor
 
@@ -39,6 +49,8 @@ class ConvOperator(Operator):
     def parse(self, fields: Mapping[str, Any]) -> ConvProblem:
         """Build a problem; an epilogue of this direction adds a bias and a ReLU."""
         problem = parse_problem(self.direction, self.rank, fields)
+        if problem.out_dtype is not None:
+            return replace(problem, epilogue=_scales(problem))
         kind, _, rest = str(fields.get("epilogue", "none")).partition("+")
         if kind == FUSED.get(self.direction):
             shape = problem.result_shape
@@ -76,12 +88,14 @@ class ConvOperator(Operator):
         """Standard normal inputs, weights scaled to keep the variance, NaN outputs."""
 
         def fresh(shape: tuple[int, ...], strides: tuple[int, ...], scale: float = 1.0) -> Tensor:
-            values = torch.randn(shape, generator=generator, device=device) * scale
+            values = torch.randn(shape, generator=generator, device=device)
+            if problem.dtype is not FLOAT8:  # it has few small numbers: scales are for them
+                values *= scale
             out = torch.empty_strided(shape, strides, dtype=problem.dtype, device=device)
             return out.copy_(values)
 
         def poisoned(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-            out = torch.empty_strided(shape, strides, dtype=problem.dtype, device=device)
+            out = torch.empty_strided(shape, strides, dtype=problem.result_dtype, device=device)
             return out.fill_(float("nan"))
 
         fan_in = max(1, problem.channels_per_group * problem.taps)
@@ -115,6 +129,8 @@ class ConvOperator(Operator):
                 capture = torch.empty_strided(size, strides, dtype=dtype, device=device)
                 # Integer captures may be indices into another: zero is valid for all of them.
                 values = torch.randn(size, generator=generator, device=device)
+                if problem.out_dtype is not None:
+                    values = 0.5 + values.abs()  # scales
                 capture.copy_(values if dtype.is_floating_point else torch.zeros_like(values))
                 tensors[f"capture{index}"] = capture
         return tensors
@@ -123,11 +139,15 @@ class ConvOperator(Operator):
         self, problem: ConvProblem, tensors: Mapping[str, Tensor], dtype: torch.dtype
     ) -> dict[str, Tensor]:
         """PyTorch's result in ``dtype``; TF32 is float32 on what tensor cores read of it."""
+        if dtype is FLOAT8:
+            # Plain PyTorch computes what it quantises in float32.
+            wide = self.reference(problem, tensors, torch.float32)
+            return {name: tensor.to(FLOAT8) for name, tensor in wide.items()}
         first, second, out = slot_names(self.direction)
         a, b = tensors[first].to(dtype), tensors[second].to(dtype)
         if problem.precision == "tf32" and dtype is torch.float32:
             a, b = as_tf32(a), as_tf32(b)
-        plain = replace(problem, dtype=dtype, precision="ieee", epilogue=None)
+        plain = replace(problem, dtype=dtype, precision="ieee", epilogue=None, out_dtype=None)
         result = ATEN.compute(plain, {first: a, second: b})
         spec = problem.epilogue
         if spec is None:
@@ -144,7 +164,7 @@ class ConvOperator(Operator):
         return super().candidates(problem) or (ATEN,)
 
     def default_algorithm(self, problem: ConvProblem, device: DeviceFacts) -> Algorithm:
-        """The most special algorithm that serves the problem, but where PyTorch is known better.
+        """The most special algorithm that serves the problem, but where another is known better.
 
         On an H100 the generated kernels for groups of a few channels ran at 0.3 to 0.5 times
         PyTorch's speed; that of a depthwise weight gradient is faster where channels are fastest in
@@ -157,7 +177,24 @@ class ConvOperator(Operator):
             slow = problem.groups > 1 and problem.channels_per_group < 32
         if slow and ATEN.supports(problem) is None:
             return ATEN
+        if is_clearly_better(problem) and BANDED.supports(problem) is None:
+            return BANDED
         return self.candidates(problem)[0]
+
+
+def _scales(problem: ConvProblem) -> EpilogueSpec:
+    """The epilogue of a problem with float8 operands or a float8 result: its scales alone."""
+    quantised = problem.out_dtype is FLOAT8
+    scaled, filters = problem.dtype is FLOAT8, problem.out_channels
+    scaling = Scaling(scaled, False, quantised, quantised, filters)
+    found = scaled_epilogue(None, scaling, (), len(problem.in_size))
+    shapes = [(filters,) if name == "scale_weight" else () for name in found.order]
+    return EpilogueSpec(
+        found.key,
+        capture_dtypes=(torch.float32,) * len(shapes),
+        capture_shapes=tuple(shapes),
+        capture_strides=tuple((1,) * len(shape) for shape in shapes),
+    )
 
 
 def as_tf32(t: Tensor) -> Tensor:
@@ -166,6 +203,7 @@ def as_tf32(t: Tensor) -> Tensor:
 
 
 ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
+BANDED = next(a for a in ALGORITHMS if isinstance(a, Banded))
 
 OPERATORS: dict[tuple[Direction, int], ConvOperator] = {}
 for _rank in (2, 3):

@@ -15,6 +15,7 @@ import torch
 from ..codegen import Argument, Role, ScalarArityError, ScalarFunction, trace
 from ..codegen.registry import program_of, register_program
 from ..runtime.errors import bad_type
+from .problem import FLOAT8
 
 Tensor = torch.Tensor
 
@@ -46,7 +47,7 @@ def _identity(acc: Tensor) -> Tensor:
 _WANTED: dict[tuple[types.CodeType, int], tuple[str, ...]] = {}
 
 
-def _wanted_coordinates(fn: Callable[..., Any], rank: int) -> tuple[str, ...]:
+def wanted_coordinates(fn: Callable[..., Any], rank: int) -> tuple[str, ...]:
     """Coordinates that a function asks for; remembered by code, which keeps no closure alive."""
     # A decorated function has the signature of what it wraps, which its own code does not tell.
     if not isinstance(fn, types.FunctionType) or fn.__dict__:
@@ -110,8 +111,8 @@ def _names_of(code: types.CodeType) -> tuple[str, ...]:
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which an operand takes part in the function: half precision in float32."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    """The dtype in which an operand takes part in the function: narrow floats in float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16, FLOAT8) else dtype
 
 
 def build_epilogue(
@@ -140,15 +141,15 @@ def build_epilogue(
         fn = _identity
     if not callable(fn):
         raise bad_type("epilogue", "a function of 0-d tensors or None", type(fn).__name__)
-    asked = _wanted_coordinates(fn, rank)
-    _check_arity(fn, 1 + len(operand_dtypes), asked)
+    asked = wanted_coordinates(fn, rank)
+    check_arity(fn, 1 + len(operand_dtypes), asked)
     axes = rank + lifted
     wrapped = functools.partial(_call, fn, has_bias, asked, COORDINATES[axes])
     function = trace(wrapped, _arguments(has_bias, operand_dtypes, acc_dtype, axes))
     return Epilogue(register_program(function.program), function.captures)
 
 
-def _check_arity(
+def check_arity(
     fn: Callable[..., Any], positional: int, named: tuple[str, ...], role: str = "epilogue"
 ) -> None:
     """Refuse a function that cannot take the operands before it is called with them."""

@@ -58,7 +58,7 @@ def _epilogue_impl(
     refresh()
     if not uses_triton(x.device) or not has_kernels(x):
         if tables.is_recording():
-            note(_problem(x, w, operands, captures, function, save_acc, geometry, result))
+            note(problem_of(x, w, operands, captures, function, save_acc, geometry, result))
         if result is None:
             acc = product_with_torch(x, w, *geometry)
         else:
@@ -85,7 +85,7 @@ def _epilogue_impl(
     )
     found = FORWARD.get(key)
     if found is None:
-        problem = _problem(x, w, operands, captures, function, save_acc, geometry, result)
+        problem = problem_of(x, w, operands, captures, function, save_acc, geometry, result)
         found = _prepare(key, problem, x)
     prepared, shape, strides = found
     y = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
@@ -96,7 +96,7 @@ def _epilogue_impl(
     return y, saved
 
 
-def _problem(
+def problem_of(
     x: Tensor,
     w: Tensor,
     operands: list[Tensor],
@@ -163,7 +163,7 @@ def prepared_forward(
         return None, True
     if function is not None and captures_of(function):
         return None, True
-    problem = _problem(x, w, operands, [], function, False, geometry, result)
+    problem = problem_of(x, w, operands, [], function, False, geometry, result)
     shape, strides = problem.result_shape, problem.result_strides
     dtype, device = x.dtype, x.device
     if 0 in shape or 0 in problem.w_shape or 0 in x.shape:

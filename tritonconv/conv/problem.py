@@ -21,10 +21,17 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "float64": torch.float64,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+FLOAT8 = torch.float8_e4m3fn
+
 PRECISIONS = ("ieee", "tf32x3", "tf32")
+"""How products of float32 operands are formed."""
+
+FAST_ACCUM = "fast_accum"
+"""The precision of float8 products whose sums a GPU may keep in fewer bits than float32 has."""
 
 AXES: dict[int, tuple[str, ...]] = {
     1: ("width",),
@@ -164,6 +171,9 @@ class ConvProblem:
     ``x`` is the input, ``w`` the weight, ``y`` the output of the *forward* convolution; for dgrad
     the product is written to a tensor shaped as ``x``, for wgrad to one shaped as ``w``. Sizes are
     in elements, strides in elements, in the order (batch, channels, *spatial).
+
+    ``out_dtype`` is the dtype of the result where it is not the operands' own: of a float8 product,
+    which always has an epilogue that scales it, and of one whose epilogue quantises its result.
     """
 
     direction: Direction
@@ -183,6 +193,7 @@ class ConvProblem:
     w_strides: tuple[int, ...]
     y_strides: tuple[int, ...]
     epilogue: EpilogueSpec | None = None
+    out_dtype: torch.dtype | None = None
 
     @property
     def operator(self) -> str:
@@ -221,6 +232,11 @@ class ConvProblem:
             Direction.DGRAD: self.x_strides,
             Direction.WGRAD: self.w_strides,
         }[self.direction]
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Dtype of the tensor that the product writes."""
+        return self.dtype if self.out_dtype is None else self.out_dtype
 
     @property
     def taps(self) -> int:
@@ -311,6 +327,8 @@ class ConvProblem:
         fused = "none"
         if self.epilogue is not None:
             fused = FUSED[self.direction] + ("+acc" if self.epilogue.save_acc else "")
+        if self.dtype is FLOAT8:
+            fused = "scaled"
         fields: dict[str, Field] = {
             "kind": kind,
             "kernel": _join(self.kernel),
@@ -334,6 +352,8 @@ class ConvProblem:
         ):
             fields[axis] = size
             fields[f"out_{axis}"] = out
+        if self.out_dtype is not None:  # others have no such field: their entries stay theirs
+            fields["output_dtype"] = _DTYPE_NAMES[self.out_dtype]
         return fields
 
     def flops(self) -> int:
@@ -353,6 +373,7 @@ class ConvProblem:
             x_count = self.batch * self.in_channels * read
         count = x_count + math.prod(self.w_shape) + math.prod(self.y_shape)
         total = count * self.dtype.itemsize
+        total += math.prod(self.y_shape) * (self.result_dtype.itemsize - self.dtype.itemsize)
         if self.epilogue is not None:
             for dtype, strides in zip(
                 self.epilogue.element_dtypes, self.epilogue.element_strides, strict=True
@@ -374,7 +395,10 @@ class ConvProblem:
             text += f" D{_join(self.dilation)}"
         if self.groups != 1:
             text += f" G{self.groups}"
-        return f"{text} {_DTYPE_NAMES[self.dtype]} {self.x_layout}"
+        dtype = _DTYPE_NAMES[self.dtype]
+        if self.out_dtype is not None:
+            dtype += f"->{_DTYPE_NAMES[self.out_dtype]}"
+        return f"{text} {dtype} {self.x_layout}"
 
 
 def _join(values: Sequence[int]) -> str:
@@ -427,6 +451,7 @@ _KNOWN = {
     *_REQUIRED,
     "weight_layout",
     "output_layout",
+    "output_dtype",
     "kind",
     "epilogue",
     "wide",
@@ -445,6 +470,7 @@ def parse_problem(direction: Direction, rank: int, fields: Mapping[str, Any]) ->
             ``kernel``, ``stride``, ``padding`` and ``dilation`` are an integer, ``"3x3"`` or a
             list; ``N C D H W M K S P G`` are accepted as short names. ``epilogue`` stands for a
             bias and a ReLU: ``"fused"`` on the forward product, ``"transposed"`` on dgrad.
+            ``output_dtype`` is that of a scaled or quantised result (float8 operands: bfloat16).
 
     Raises:
         ArgumentValueError: an unknown or missing field, or a value that cannot be.
@@ -462,8 +488,11 @@ def parse_problem(direction: Direction, rank: int, fields: Mapping[str, Any]) ->
         raise bad_value("problem", f"{', '.join((*_REQUIRED, *axes))}", dict(fields))
     if values["dtype"] not in DTYPES:
         raise bad_value("dtype", " | ".join(DTYPES), repr(values["dtype"]))
-    if values["precision"] not in PRECISIONS:
-        raise bad_value("precision", " | ".join(PRECISIONS), repr(values["precision"]))
+    float8 = DTYPES[values["dtype"]] is FLOAT8
+    precisions = ("ieee", FAST_ACCUM) if float8 else PRECISIONS
+    if values["precision"] not in (*precisions, "tf32", "tf32x3"):
+        raise bad_value("precision", " | ".join(precisions), repr(values["precision"]))
+    out_dtype = _out_dtype(direction, values["dtype"], values.get("output_dtype"))
     layouts = {
         name: values.get(name, values["layout"])
         for name in ("layout", "weight_layout", "output_layout")
@@ -510,8 +539,34 @@ def parse_problem(direction: Direction, rank: int, fields: Mapping[str, Any]) ->
         padding=padding,
         dilation=dilation,
         dtype=DTYPES[values["dtype"]],
-        precision=values["precision"] if values["dtype"] == "float32" else "ieee",
+        precision=_precision(values["dtype"], values["precision"]),
         x_strides=x_strides,
         w_strides=w_strides,
         y_strides=y_strides,
+        out_dtype=out_dtype,
     )
+
+
+def _precision(dtype: str, precision: str) -> str:
+    """The precision that says something for this dtype; a suite's is for all of its dtypes."""
+    if dtype == "float8_e4m3fn":
+        return FAST_ACCUM if precision == FAST_ACCUM else "ieee"
+    return precision if dtype == "float32" else "ieee"
+
+
+def _out_dtype(direction: Direction, dtype: str, asked: str | None) -> torch.dtype | None:
+    """The dtype of a scaled or quantised result; None where it is the operands' own."""
+    float8 = DTYPES[dtype] is FLOAT8
+    if direction is not Direction.FORWARD:
+        if float8 or asked not in (None, dtype):
+            raise bad_value(
+                "dtype", "no float8 in a gradient, which none has", repr(asked or dtype)
+            )
+        return None
+    if asked is None:
+        return torch.bfloat16 if float8 else None
+    every = [name for name in DTYPES if name != "float64"]
+    given = every if float8 else [dtype, "float8_e4m3fn"]
+    if asked not in given:
+        raise bad_value("output_dtype", " | ".join(given), repr(asked))
+    return None if asked == dtype and not float8 else DTYPES[asked]

@@ -17,7 +17,7 @@ from ..codegen import Argument, Role, ScalarFunction, trace
 from ..codegen.program import Program
 from ..codegen.registry import program_of, register_program
 from ..runtime.errors import bad_type, bad_value
-from .epilogue import COORDINATES, _check_arity, _wanted_coordinates, operand_dtype
+from .epilogue import COORDINATES, check_arity, wanted_coordinates, operand_dtype
 
 Tensor = torch.Tensor
 Axes = tuple[int, ...]
@@ -58,8 +58,8 @@ def _build(
     """The traced prologue of a map of ``max(rank, 2)`` axes, and the operands' stand-ins."""
     if not callable(fn):
         raise bad_type("prologue", "a function of 0-d tensors or None", type(fn).__name__)
-    asked = _wanted_coordinates(fn, rank)
-    _check_arity(fn, 1 + len(read), asked, "prologue")
+    asked = wanted_coordinates(fn, rank)
+    check_arity(fn, 1 + len(read), asked, "prologue")
     names = COORDINATES[max(rank, 2)]
     operands = tuple(
         _stand_in(index, len(axes), kind)

@@ -64,7 +64,7 @@ def error(
     reference64 = reference64.detach().to(torch.float64)
     difference = result.detach().to(torch.float64) - reference64
     # Equal infinities are no error; any other non-finite element is.
-    difference = torch.where(result.detach() == reference64, 0.0, difference)
+    difference = torch.where(result.detach().to(torch.float64) == reference64, 0.0, difference)
     scale = torch.where(torch.isfinite(reference64), reference64, 0.0)
     if where is not None:
         difference, scale = difference[where], scale[where]
@@ -124,7 +124,7 @@ def check(
         False
     """
     where = None
-    overflow = ~torch.isfinite(plain)
+    overflow = ~torch.isfinite(plain.to(torch.float64))  # of float8 it cannot be asked
     if bool(overflow.any()):
         where = ~overflow
     found = error(result, reference64, where=where)

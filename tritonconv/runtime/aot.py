@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import MockTensor, create_function_from_signature
 
-from .compat import interpreting
+from .compat import interpreting, tensor_descriptor
 from .errors import TritonConvError, bad_value
-from .plan import Arg, KernelCall, LaunchPlan, Slot
+from .plan import Arg, Boxes, KernelCall, LaunchPlan, Slot
 
 TARGETS: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 """Targets that every kernel must compile for."""
@@ -102,6 +102,8 @@ def jit_source(call: KernelCall, dtypes: Any, target: GPUTarget) -> tuple[ASTSou
 def _stand_in(arg: Arg, dtypes: Any) -> Any:
     if isinstance(arg, tuple):
         return tuple(_stand_in(item, dtypes) for item in arg)
+    if isinstance(arg, Boxes):
+        return tensor_descriptor(MockTensor(dtypes[arg.name]), arg.shape, arg.strides, arg.block)
     return MockTensor(dtypes[arg.name]) if isinstance(arg, Slot) else arg
 
 

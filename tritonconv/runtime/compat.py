@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,19 +66,70 @@ def ptxas_version(arch: str) -> str:
         return ""
 
 
-def direct_launcher(compiled: Any) -> Callable[..., None] | None:
+def tensor_descriptor(
+    base: Any, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
+) -> Any:
+    """A view of a tensor for a kernel that reads boxes of it; zeros are read outside."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(base, list(shape), list(strides), list(block))
+
+
+def tensor_maps(
+    compiled: Any, views: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[Callable[[int], Any]] | None:
+    """For every tensor descriptor of a compiled kernel, a function from its pointer to its map.
+
+    A map says all that the copy engine knows of a tensor; a kernel takes it in the place of the
+    descriptor. Those of the last pointers are kept: the same tensors come again and again.
+
+    Args:
+        compiled: the kernel.
+        views: (shape, strides) of its descriptors in the order of its parameters.
+
+    Returns:
+        None where this release has no verified way, or the kernel was compiled without the engine.
+    """
+    described = getattr(compiled.metadata, "tensordesc_meta", None) or ()
+    if TRITON_VERSION not in DIRECT_LAUNCH_VERSIONS or len(described) != len(views):
+        return None
+    if any(meta is None or meta["fp4_padded"] for meta in described):
+        return None
+    from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+
+    fill = triton.runtime.driver.active.utils.fill_tma_descriptor
+
+    def maps_of(meta: Any, shape: list[int], strides: list[int]) -> Callable[[int], Any]:
+        kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
+        swizzle, size, block = meta["swizzle"], meta["elem_size"], list(meta["block_size"])
+
+        @functools.lru_cache(maxsize=256)
+        def map_of(pointer: int) -> Any:
+            return fill(pointer, swizzle, size, kind, block, shape, strides, 0)
+
+        return map_of
+
+    return [
+        maps_of(meta, list(shape), list(strides))
+        for meta, (shape, strides) in zip(described, views, strict=True)
+    ]
+
+
+def direct_launcher(compiled: Any, maps: bool = False) -> Callable[..., None] | None:
     """A function ``(grid_x, grid_y, grid_z, stream, arguments)`` that launches a compiled kernel.
 
     ``arguments`` holds every parameter of the kernel in order, constexprs included, with device
-    pointers as integers. Returns None where this release of Triton has no verified direct launch,
-    or the kernel needs scratch memory, which only the regular path allocates.
+    pointers as integers; with ``maps`` a tensor descriptor is its map (see :func:`tensor_maps`),
+    its sizes and its strides. Returns None where this release of Triton has no verified direct
+    launch, or the kernel needs scratch memory, which only the regular path allocates.
     """
     if TRITON_VERSION not in DIRECT_LAUNCH_VERSIONS:
         return None
     run = compiled.run
     if getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1):
         return None
-    launch = run.launch
+    # Where a kernel takes tensor descriptors, what encodes them stands before the launch itself.
+    launch = inspect.getclosurevars(run.launch).nonlocals["launcher"] if maps else run.launch
     function = compiled.function
     metadata = compiled.packed_metadata
     cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
@@ -104,18 +156,20 @@ def direct_launcher(compiled: Any) -> Callable[..., None] | None:
 
 
 def repair_interpreter() -> None:
-    """Mend two faults of Triton's interpreter; importing this module does it when interpreting.
+    """Mend faults of Triton's interpreter; importing this module does it when interpreting.
 
     A comparison carries the dtype of its operands there, so that broadcasting one of two float
     scalars makes a block of floats, on which ``&`` and ``|`` fail (Triton 3.6 to 3.9). A scalar
     that is kept as an array of one element cannot bound a loop once NumPy (2.4) refuses to make an
-    integer of it (Triton 3.6).
+    integer of it (Triton 3.6). Numbers are cut off where they should be rounded to float8, and NaN
+    of float8 is read as 480 (Triton 3.6 to 3.9).
     """
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
     create_splat = interpreter.InterpreterBuilder.create_splat
+    create_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
     patch_tensor = interpreter._patch_lang_tensor
     if getattr(create_splat, "repaired", False):
         return
@@ -131,8 +185,22 @@ def repair_interpreter() -> None:
         patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
+    def repaired_cast(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        other = target if source == tl.float8e4nv else source
+        if tl.float8e4nv not in (source, target) or other not in (tl.float32, tl.float16):
+            return create_fp_to_fp(self, src, dst_type, rounding_mode)
+        data = torch.from_numpy(np.array(src.data))
+        if source == tl.float8e4nv:
+            wide = torch.float32 if target == tl.float32 else torch.float16
+            data = data.view(torch.float8_e4m3fn).to(wide)
+        else:
+            data = data.to(torch.float8_e4m3fn).view(torch.uint8)
+        return interpreter.TensorHandle(data.numpy(), target)
+
     repaired_splat.repaired = True  # type: ignore[attr-defined]
     interpreter.InterpreterBuilder.create_splat = repaired_splat
+    interpreter.InterpreterBuilder.create_fp_to_fp = repaired_cast
     interpreter._patch_lang_tensor = repaired_patch
 
 

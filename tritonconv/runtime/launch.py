@@ -7,15 +7,17 @@ launches the compiled kernel directly, with a pointer list patched into a prepar
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from .compat import direct_launcher, interpreting, unfit
+from .arrivals import arrival_counters
+from .compat import direct_launcher, interpreting, tensor_descriptor, tensor_maps, unfit
 from .errors import bad_value
-from .plan import KernelCall, LaunchPlan, Slot
+from .plan import Boxes, KernelCall, LaunchPlan, Slot
 from .settings import settings
 
 _ALIGNMENT_MASK = 15  # Triton specialises on 16-byte alignment of pointers
@@ -32,9 +34,13 @@ class _BoundCall:
         self.template: list[Any] = []
         self.scalar_slots: list[tuple[int, int]] = []
         self.tuple_slots: list[tuple[int, tuple[int, ...]]] = []
+        self.box_slots: list[tuple[int, int, Boxes]] = []
         for index, arg in enumerate(call.args):
             if isinstance(arg, Slot):
                 self.scalar_slots.append((index, position[arg.name]))
+                self.template.append(None)
+            elif isinstance(arg, Boxes):
+                self.box_slots.append((index, position[arg.name], arg))
                 self.template.append(None)
             elif isinstance(arg, tuple) and any(isinstance(item, Slot) for item in arg):
                 slots = [position[item.name] for item in arg if isinstance(item, Slot)]
@@ -57,14 +63,25 @@ class _BoundCall:
     def dispatch(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Launch through Triton's dispatcher and return the compiled kernel."""
         args = self.arguments(tensors)
+        for index, slot, boxes in self.box_slots:
+            base = _aligned(tensors[slot])
+            args[index] = tensor_descriptor(base, boxes.shape, boxes.strides, boxes.block)
         return self.kernel[self.grid](*args, **self.constexprs, **self.options)
 
-    def fast(self, launcher: Callable[..., None]) -> Callable[[list[int], int], None]:
-        """A function of (pointers, stream) that launches the compiled kernel directly."""
+    def fast(self, compiled: Any) -> Callable[[list[int], int], None] | None:
+        """A function of (pointers, stream) that launches the compiled kernel directly.
+
+        None where this release of Triton has no such way.
+        """
+        launcher = direct_launcher(compiled, maps=bool(self.box_slots))
+        if launcher is None:
+            return None
         # The compiled kernel takes every parameter, constexprs included, in declaration order.
         names = list(self.kernel.arg_names)[len(self.template) :]
         tail = tuple([self.constexprs[name] for name in names])
         grid_x, grid_y, grid_z = self.grid
+        if self.box_slots:
+            return self._fast_with_maps(compiled, launcher, tail)
         leading = [slot for _, slot in self.scalar_slots]
         plain = not self.tuple_slots and [i for i, _ in self.scalar_slots] == list(
             range(len(leading))
@@ -82,6 +99,44 @@ class _BoundCall:
             launcher(grid_x, grid_y, grid_z, stream, [*self.arguments(pointers), *tail])
 
         return launch
+
+    def _fast_with_maps(
+        self, compiled: Any, launcher: Callable[..., None], tail: tuple[Any, ...]
+    ) -> Callable[[list[int], int], None] | None:
+        """The same for a kernel with tensor descriptors, each followed by its sizes and strides."""
+        views = [boxes for _, _, boxes in self.box_slots]
+        maps = tensor_maps(compiled, [(boxes.shape, boxes.strides) for boxes in views])
+        if maps is None:
+            return None
+        grid_x, grid_y, grid_z = self.grid
+        patched = [
+            (index, slot, map_of)
+            for (index, slot, _), map_of in zip(self.box_slots, maps, strict=True)
+        ]
+        # Sizes and strides are put in from the last descriptor to the first: places stay as named.
+        sizes = [
+            (index, (*boxes.shape, *boxes.strides)) for index, _, boxes in reversed(self.box_slots)
+        ]
+
+        def launch(pointers: list[int], stream: int) -> None:
+            args = self.arguments(pointers)
+            for index, slot, map_of in patched:
+                args[index] = map_of(pointers[slot])
+            for index, values in sizes:
+                args[index + 1 : index + 1] = values
+            launcher(grid_x, grid_y, grid_z, stream, [*args, *tail])
+
+        return launch
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where its first element is not where a tensor descriptor needs it."""
+    if tensor.data_ptr() & _ALIGNMENT_MASK == 0:
+        return tensor
+    copy = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return copy.copy_(tensor)
 
 
 class Executable:
@@ -128,7 +183,10 @@ class Executable:
         if self.workspaces or self.zeroed:
             held = list(tensors)
             for space in self.workspaces:
-                held.append(torch.empty(space.shape, dtype=space.dtype, device=device))
+                if space.counters:
+                    held.append(arrival_counters(math.prod(space.shape), device))
+                else:
+                    held.append(torch.empty(space.shape, dtype=space.dtype, device=device))
             for index in self.zeroed:
                 held[index].zero_()
         if self._fast is not None:
@@ -164,12 +222,9 @@ class Executable:
             return
         if any(tensor.data_ptr() & _ALIGNMENT_MASK for tensor in held):
             return
-        launchers = [direct_launcher(kernel) for kernel in compiled]
-        if all(launcher is not None for launcher in launchers):
-            steps = [
-                call.fast(launcher)  # type: ignore[arg-type]
-                for call, launcher in zip(self.calls, launchers, strict=True)
-            ]
+        found = [call.fast(kernel) for call, kernel in zip(self.calls, compiled, strict=True)]
+        steps = [step for step in found if step is not None]
+        if len(steps) == len(found):
             self._fast = steps[0] if len(steps) == 1 else _in_turn(steps)
 
 

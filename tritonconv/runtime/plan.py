@@ -21,8 +21,27 @@ class Slot:
     name: str
 
 
+@dataclass(frozen=True)
+class Boxes:
+    """A tensor that a kernel reads by boxes of a fixed shape, through a tensor descriptor.
+
+    The copy engine of a GPU that has one (sm_90 on) fills with zeros what lies outside ``shape``.
+
+    Attributes:
+        name: slot of the tensor; its first element is the first of the view.
+        shape, strides: of the view, in elements; the last stride is 1, all others are multiples of
+            16 bytes.
+        block: shape of a box.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
 Scalar = int | float
-Arg = Slot | Scalar | tuple[Slot, ...] | tuple[Scalar, ...]
+Arg = Slot | Boxes | Scalar | tuple[Slot, ...] | tuple[Scalar, ...]
 
 
 @dataclass(frozen=True)
@@ -41,18 +60,27 @@ class KernelCall:
         names: list[str] = []
         for arg in self.args:
             for item in arg if isinstance(arg, tuple) else (arg,):
-                if isinstance(item, Slot):
+                if isinstance(item, (Slot, Boxes)):
                     names.append(item.name)
         return tuple(names)
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A temporary tensor that the executor allocates for one run of the plan."""
+    """A temporary tensor that the executor allocates for one run of the plan.
+
+    Attributes:
+        name: of its slot.
+        shape: its sizes, at least.
+        dtype: of its elements; int32 where they are counters.
+        counters: all elements are zero before the kernels run, which leave them zero. A plan has
+            one such workspace at most.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    counters: bool = False
 
 
 @dataclass(frozen=True)

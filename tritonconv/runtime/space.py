@@ -167,6 +167,7 @@ class Footprint:
         steps: iterations of a block's loop, one after the other.
         in_flight: iterations whose loads are under way at a time.
         launches: kernels, one after the other.
+        gathered_bytes: that one block reads by itself once others have stored them.
         matrix: whether products run on matrix instructions.
         copied_rows: bytes of the contiguous rows that a copy engine moves, where a kernel uses one.
     """
@@ -181,6 +182,7 @@ class Footprint:
     steps: int = 1
     in_flight: int = 1
     launches: int = 1
+    gathered_bytes: int = 0
     matrix: bool = True
     copied_rows: tuple[int, ...] = ()
 

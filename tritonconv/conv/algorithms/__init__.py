@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ...runtime.operators import Algorithm
 from .aten import Aten
+from .banded import Banded
+from .boxed import Boxed
 from .bundled import Bundled
 from .dense import Dense
 from .depthwise import Depthwise
@@ -22,6 +24,8 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Bundled(),
     Grouped(),
     Dense(),
+    Boxed(),
+    Banded(),
     Aten(),
 )
 """Most special first: the first that supports a problem is its untuned default."""

@@ -20,7 +20,7 @@ from ...runtime.operators import Algorithm, Config
 from ...runtime.plan import LaunchPlan
 from ...runtime.settings import settings
 from .. import pytorch
-from ..problem import ConvProblem, Direction
+from ..problem import FLOAT8, ConvProblem, Direction
 from .common import slot_names
 
 
@@ -32,7 +32,12 @@ class Aten(Algorithm):
     sources = ("../pytorch",)
 
     def supports(self, problem: ConvProblem) -> str | None:
-        """Everything except the emulated float32 that PyTorch does not have."""
+        """Everything except what PyTorch does not have: emulated float32, and float8.
+
+        float8 operands that no kernel serves are widened, so that an answer there is.
+        """
+        if problem.dtype is FLOAT8:
+            return "PyTorch has no float8 convolution"
         if problem.precision == "tf32x3":
             return "PyTorch has no tf32x3"
         return None
@@ -51,6 +56,10 @@ class Aten(Algorithm):
         first, second, _ = slot_names(problem.direction)
         geometry = (problem.stride, pads, problem.dilation, problem.groups)
         a, b = tensors[first], tensors[second]
+        if problem.dtype is FLOAT8:
+            exact = problem.out_dtype is torch.float32 or not a.is_cuda
+            wide = torch.float32 if exact else torch.bfloat16
+            a, b = a.to(wide), b.to(wide)
         allow_tf32 = problem.precision == "tf32" if problem.dtype is torch.float32 else None
         with cudnn_settings(allow_tf32=allow_tf32, deterministic=not settings.atomics):
             if problem.direction is Direction.FORWARD:

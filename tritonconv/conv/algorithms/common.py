@@ -17,14 +17,23 @@ from ...runtime.compat import interpreting
 from ...runtime.operators import Config
 from ...runtime.plan import Arg, Slot
 from ..epilogue import COORDINATES
-from ..problem import ConvProblem, Direction
+from ..problem import FLOAT8, ConvProblem, Direction
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class TileConfig(Config):
-    """Tile of an implicit matrix product and how it is executed."""
+    """Tile of an implicit matrix product and how it is executed.
+
+    Attributes:
+        block_m, block_n, block_k: rows, columns and depth of a tile.
+        num_warps, num_stages: of the kernel.
+        group_m: rows of tiles whose columns are computed together.
+        split_k: parts of the sum.
+        one_launch: whether the program that stores the last part of a tile adds them all (1);
+            otherwise a second kernel does.
+    """
 
     block_m: int
     block_n: int
@@ -33,6 +42,7 @@ class TileConfig(Config):
     num_stages: int
     group_m: int = 8
     split_k: int = 1
+    one_launch: int = 0
 
 
 def unsupported_dtype(problem: ConvProblem) -> str | None:
@@ -40,6 +50,11 @@ def unsupported_dtype(problem: ConvProblem) -> str | None:
     if problem.dtype not in TRITON_DTYPES:
         return f"dtype {problem.dtype} (generated kernels serve float16, bfloat16, float32)"
     return None
+
+
+def unsupported_operands(problem: ConvProblem) -> str | None:
+    """The same for products on matrix instructions, which take float8 operands too."""
+    return None if problem.dtype is FLOAT8 else unsupported_dtype(problem)
 
 
 MAX_GRID_Y = MAX_GRID_Z = 65535
@@ -51,14 +66,14 @@ def unsupported_product(problem: ConvProblem) -> str | None:
         return f"more than {MAX_GRID_Y} groups"
     if problem.direction is Direction.DGRAD and math.prod(problem.stride) > MAX_GRID_Z:
         return f"more than {MAX_GRID_Z} phases of the stride"
-    return unsupported_dtype(problem)
+    return unsupported_operands(problem)
 
 
 def precision_constexprs(problem: ConvProblem) -> dict[str, Any]:
     """How products are formed. bfloat16 products are garbage in Triton's interpreter: upcast."""
     return {
         "PRECISION": problem.precision,
-        "UPCAST": interpreting() and problem.dtype is torch.bfloat16,
+        "UPCAST": interpreting() and problem.dtype in (torch.bfloat16, FLOAT8),
         "WIDE": problem.wide,
     }
 
@@ -92,7 +107,7 @@ def epilogue_arguments(problem: ConvProblem) -> EpilogueArguments:
 def slot_dtypes(problem: ConvProblem) -> dict[str, torch.dtype]:
     """The dtype of every slot of a problem, in slot order (inputs, outputs, extras)."""
     first, second, out = slot_names(problem.direction)
-    dtypes = {first: problem.dtype, second: problem.dtype, out: problem.dtype}
+    dtypes = {first: problem.dtype, second: problem.dtype, out: problem.result_dtype}
     spec = problem.epilogue
     if spec is not None:
         if spec.save_acc:
@@ -252,11 +267,26 @@ def widen(a):
 
 @triton.jit
 def matmul_step(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a · b with a float32 accumulator."""
+    """acc + a · b with a float32 accumulator.
+
+    Hopper's float8 instructions keep about 14 bits of a sum. Unless PRECISION is ``fast_accum``
+    such sums are of at most 128 products, and are added up in float32; other GPUs ignore it.
+    """
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    if a.dtype.is_fp8():
+        if PRECISION == "fast_accum":
+            acc = tl.dot(a, b, acc)
+        else:
+            DEPTH: tl.constexpr = a.shape[1]
+            EXACT: tl.constexpr = DEPTH if DEPTH < 128 else 128
+            acc = tl.dot(a, b, acc, max_num_imprecise_acc=EXACT)
+    elif PRECISION == "fast_accum":
+        acc = tl.dot(a, b, acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit

@@ -23,9 +23,10 @@ from ...runtime.plan import Arg, KernelCall, LaunchPlan, Slot
 from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction
 from .common import epilogue_arguments, lifted, slot_dtypes, unsupported_dtype
-from .depthwise_model import Shape, compiling, cost, footprint
-from .depthwise_source import Stencil, generated_kernel
+from .depthwise_model import Shape, compiling, cost, footprint, resident_programs
+from .depthwise_source import Stencil
 from .depthwise_taps import Axis, axes
+from .depthwise_walk import can_walk, generated_kernel
 from .depthwise_weights import packed_strides, packing_call, summing_call, weight_strides
 from .footprints import cdiv
 
@@ -35,13 +36,18 @@ class DepthwiseConfig(Config):
     """Tile of a thread, and the threads of a program.
 
     Attributes:
-        block_c: channels of a program.
+        block_c: channels of a program; of a thread where lanes run over all channels.
         vector: channels of a thread.
         tile_h, tile_w: neighbouring outputs of a thread; a strided gradient takes all phases of it.
+            Rows of a step where a thread walks.
         num_warps: of a program; what is left of its threads by the channels takes more tiles.
         pack: rearrange the weight first, so that lanes read it together.
         rows: filter rows of a program, of a weight gradient; 0 for all.
         split: programs that share the tiles of a weight gradient.
+        flat: lanes run over all channels of a tile first, whatever their number.
+        walk: rows that a thread walks down, of the outputs or, for the gradient of the weight, of
+            the input; 0 for one tile.
+        ahead: a walk loads the rows of the next step before it uses those of this one.
     """
 
     block_c: int
@@ -52,6 +58,9 @@ class DepthwiseConfig(Config):
     pack: int = 0
     rows: int = 0
     split: int = 1
+    flat: int = 0
+    walk: int = 0
+    ahead: int = 0
 
     @property
     def block_p(self) -> int:
@@ -69,6 +78,7 @@ class Depthwise(Algorithm):
         "depthwise_model",
         "depthwise_source",
         "depthwise_taps",
+        "depthwise_walk",
         "depthwise_weights",
     )
 
@@ -99,20 +109,42 @@ class Depthwise(Algorithm):
 
 @functools.lru_cache(maxsize=256)
 def _space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseConfig]:
-    """Configs by predicted time: first the best of every tile, then the others."""
+    """Configs by predicted time: first the best of every tile, by turns of every kind of kernel."""
     timed = []
-    for config in _candidates(problem, device):
+    for config in (*_candidates(problem, device), *_walks(problem, device)):
         stencil = stencil_of(problem, config)
         found = cost(stencil, _shape(problem, config), device)
         slow = max(0, compiling(stencil) - _MOST_COMPILING)
         bad = (found.registers > _MOST_REGISTERS) + (slow > 0)
         timed.append(((bad, slow if bad else 0, found.seconds), config))
     timed.sort(key=lambda row: row[0])
-    kept = [config for rank, config in timed[:_MOST_CONFIGS] if not rank[0]] or [timed[0][-1]]
-    best: dict[tuple[int, int, int], DepthwiseConfig] = {}
-    for config in kept:
-        best.setdefault((config.tile_h, config.tile_w, config.vector), config)
-    return ConfigSpace.listed([*best.values(), *kept])
+    good = [config for rank, config in timed if not rank[0]] or [timed[0][-1]]
+    kinds: dict[tuple[int, ...], list[DepthwiseConfig]] = {}
+    for config in good:
+        kinds.setdefault((config.flat, min(1, config.walk), config.ahead), []).append(config)
+    turns = _by_turns(list(kinds.values()))
+    turns += [
+        config for found in itertools.zip_longest(*kinds.values()) for config in found if config
+    ]
+    return ConfigSpace.listed(list(dict.fromkeys(turns))[:_MOST_CONFIGS])
+
+
+def _by_turns(kinds: list[list[DepthwiseConfig]]) -> list[DepthwiseConfig]:
+    """The best config of every tile, no tile twice, one kind of kernel after the other."""
+    seen: set[tuple[int, ...]] = set()
+    queues = [iter(members) for members in kinds]
+    turns = []
+    while queues:
+        for queue in list(queues):
+            for config in queue:
+                tile = (config.tile_h, config.tile_w, config.vector, config.ahead)
+                if tile not in seen:
+                    seen.add(tile)
+                    turns.append(config)
+                    break
+            else:
+                queues.remove(queue)
+    return turns
 
 
 @functools.lru_cache(maxsize=1024)
@@ -178,7 +210,61 @@ def _candidates(problem: ConvProblem, device: DeviceFacts) -> list[DepthwiseConf
                 found.append(dataclasses.replace(config, split=split))
         else:
             found.append(config)
-    return found
+            if _flat_tiles(problem, config):
+                found.append(dataclasses.replace(config, block_c=vector, flat=1))
+    return list(dict.fromkeys(found))
+
+
+def _flat_tiles(problem: ConvProblem, config: DepthwiseConfig) -> bool:
+    """Whether lanes over all channels are worth a try: one of several blocks stands for all."""
+    channels, block = problem.in_channels, config.block_c
+    lanes = problem.filters_per_group == 1 and channels % config.vector == 0 and block > 1
+    return lanes and block == _channel_blocks(channels)[0] and config.num_warps in (2, 4)
+
+
+def _walks(problem: ConvProblem, device: DeviceFacts) -> list[DepthwiseConfig]:
+    """Walks down the rows of a map, where a filter and its window fit into registers."""
+    depth, height, width = _axes(problem, 1, 1, 0)
+    dense = problem.filters_per_group == 1 and width.stride == 1 and not problem.wide
+    if problem.x_layout == "contiguous" or not dense or not can_walk(height, depth):
+        return []
+    wgrad = problem.direction is Direction.WGRAD
+    channels = problem.in_channels
+    rows = height.size if wgrad else height.out
+    vectors = [v for v in (8, 4, 2, 1) if channels % v == 0 and v * problem.dtype.itemsize <= 16]
+    vectors = [v for v in vectors if v * problem.taps <= 100 and v > wgrad][:2]
+    parts = {cdiv(rows, n) for n in ((1, 2, 4, 7) if wgrad else (1, 2, 4))}
+    parts = {part for part in parts if part >= height.taps} or {rows}
+    blocks = _channel_blocks(channels) if wgrad else (0,)
+    found = []
+    for vector, tile_w, step, walk, warps, block_c, ahead in itertools.product(
+        vectors,
+        _tile_sizes(width.out, (1, 2, 4, 7, 8)),
+        (1, 2, 4),
+        sorted(parts, reverse=True),
+        (1, 4),
+        blocks,
+        (0,) if wgrad else (0, 1),
+    ):
+        held = (problem.taps + (height.taps - 1 + step) * tile_w) * vector
+        if not 64 <= held <= 200 or step * tile_w * vector * problem.taps > 1600 or step > walk:
+            continue
+        if not vector <= (block_c or vector) <= 32 * warps * vector:
+            continue
+        config = DepthwiseConfig(
+            block_c or vector, vector, step, tile_w, warps, int(not wgrad), walk=walk, ahead=ahead
+        )
+        if not wgrad:
+            found.append(dataclasses.replace(config, flat=1))
+            continue
+        stencil = stencil_of(problem, config)
+        programs = cdiv(channels, block_c) * cdiv(rows, walk)
+        most = cdiv(_tiles(problem, stencil), config.block_p)
+        resident = resident_programs(stencil, _shape(problem, config)) * device.sm_count
+        for rounds in (1, 3):
+            split = max(1, min(most, rounds * resident // programs))
+            found.append(dataclasses.replace(config, split=split))
+    return list(dict.fromkeys(found))
 
 
 def _vectors(problem: ConvProblem, channels: int) -> tuple[int, ...]:
@@ -227,6 +313,7 @@ def _shape(problem: ConvProblem, config: DepthwiseConfig) -> Shape:
         itemsize=problem.dtype.itemsize,
         packed=bool(config.pack),
         split=config.split,
+        flat=bool(config.flat),
     )
 
 
@@ -248,16 +335,22 @@ def stencil_of(problem: ConvProblem, config: DepthwiseConfig) -> Stencil:
     gradient = problem.direction is Direction.DGRAD
     found = _axes(problem, config.tile_h, config.tile_w, config.rows)
     channels = problem.in_channels if gradient else problem.out_channels
-    tiles = problem.batch * math.prod(axis.tiles for axis in found)
+    tiles = problem.batch * found[-1].tiles
+    if not config.walk:
+        tiles *= found[0].tiles * found[1].tiles
+    groups = channels // config.vector if config.flat else 0
     return Stencil(
         *found,
         multiplier=problem.filters_per_group,
         even=channels % config.block_c == 0,
-        full=tiles % config.block_p == 0,
+        full=tiles * max(1, groups) % config.block_p == 0,
         wide=problem.wide,
         known=_known_strides(problem, config),
         unroll=_unroll(problem, found, config.vector),
         filter=lifted(problem.kernel, 1)[:2] if problem.direction is Direction.WGRAD else (0, 0),
+        groups=groups,
+        walk=config.walk,
+        ahead=bool(config.ahead),
     )
 
 
@@ -276,7 +369,7 @@ def _unroll(problem: ConvProblem, found: tuple[Axis, Axis, Axis], vector: int) -
 
 def _known_strides(problem: ConvProblem, config: DepthwiseConfig) -> tuple[tuple[str, int], ...]:
     """Strides between neighbouring columns and taps, where channels are the fastest axis."""
-    if config.block_c == 1 or problem.wide:
+    if (config.block_c == 1 and not config.flat) or problem.wide:
         return ()
     x, y = problem.x_strides[-1], problem.y_strides[-1]
     if problem.direction is Direction.DGRAD:
@@ -289,6 +382,9 @@ def _known_strides(problem: ConvProblem, config: DepthwiseConfig) -> tuple[tuple
 
 
 def _tiles(problem: ConvProblem, stencil: Stencil) -> int:
+    """Tiles, of a whole column where threads walk."""
+    if stencil.walk:
+        return problem.batch * stencil.width.tiles
     return problem.batch * math.prod(axis.tiles for _, axis, _ in stencil.axes)
 
 
@@ -314,11 +410,16 @@ def _product(problem: ConvProblem, config: DepthwiseConfig) -> LaunchPlan:
         stencil = dataclasses.replace(stencil, coordinates=coordinates, save_acc=epilogue.save_acc)
     x, y = _maps(problem) if forward else _maps(problem)[::-1]
     channels = problem.out_channels if forward else problem.in_channels
-    blocks = cdiv(_tiles(problem, stencil), config.block_p) * cdiv(channels, config.block_c)
+    tiles = _tiles(problem, stencil)
+    if config.flat:
+        blocks = cdiv(tiles * stencil.groups, config.block_p)
+    else:
+        blocks = cdiv(tiles, config.block_p) * cdiv(channels, config.block_c)
+    segments = cdiv(stencil.height.out, config.walk) if config.walk else 1
     names = ("input", "output") if forward else ("grad_output", "grad_input")
     call = KernelCall(
         generated_kernel(stencil),
-        (blocks, 1, 1),
+        (blocks, segments, 1),
         (
             Slot(names[0]),
             Slot("packed" if config.pack else "weight"),
@@ -351,10 +452,11 @@ def _wgrad(problem: ConvProblem, config: DepthwiseConfig) -> LaunchPlan:
     per_split, splits = _splits(tiles, config)
     planes, rows = stencil.filter
     chunks = cdiv(planes, stencil.depth.taps) * cdiv(rows, stencil.height.taps)
+    segments = cdiv(stencil.height.size, config.walk) if config.walk else 1
     x, y = _maps(problem)
     call = KernelCall(
         generated_kernel(stencil),
-        (cdiv(problem.out_channels, config.block_c), chunks, splits),
+        (cdiv(problem.out_channels, config.block_c), chunks * segments, splits),
         (
             Slot("grad_output"),
             Slot("input"),
@@ -371,7 +473,7 @@ def _wgrad(problem: ConvProblem, config: DepthwiseConfig) -> LaunchPlan:
         config.num_warps,
         num_stages=1,
     )
-    summing, space = summing_call(problem, splits)
+    summing, space = summing_call(problem, splits * segments)
     dtypes: dict[str, Any] = {**slot_dtypes(problem), "partial": torch.float32}
     return LaunchPlan((call, summing), dtypes, (space,))
 

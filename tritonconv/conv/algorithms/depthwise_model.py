@@ -16,10 +16,12 @@ from .depthwise_source import Stencil
 from .depthwise_taps import Axis, schedule
 
 _CLOCK = 1.7e9
-_MEMORY_RATE = 3.0e12
-_CACHE_RATE = 5.0e12
+_MEMORY_RATE = 2.8e12
+_CACHE_RATE = 4.5e12
 _LAUNCH = 2.0e-6
 _REGISTERS = 65536
+_LATENCY = 900
+"""Cycles until a loaded row is there."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Shape:
         itemsize: bytes of an element.
         packed: weights are read in rows.
         split: programs that share the tiles of a weight gradient.
+        flat: lanes run over all channels of a tile first.
     """
 
     batch: int
@@ -43,6 +46,7 @@ class Shape:
     itemsize: int
     packed: bool
     split: int
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ def _written(axis: Axis, unroll: bool) -> tuple[int, int]:
 
 def compiling(stencil: Stencil) -> int:
     """Memory operations × operations of the source: what the compiler's time grows with."""
+    if stencil.walk:
+        reads, pairs, _, _ = _counts(stencil.width)
+        taps, step = stencil.height.taps, stencil.height.tile
+        accesses = step * (reads + stencil.width.tile) + taps * stencil.width.taps
+        return accesses * (step * pairs * taps + 8 * accesses)
     unroll = (*stencil.unroll, True)
     (d, h, w) = (
         _written(axis, flag) for (_, axis, _), flag in zip(stencil.axes, unroll, strict=True)
@@ -102,6 +111,39 @@ def compiling(stencil: Stencil) -> int:
     return accesses * (products + 8 * accesses)
 
 
+def _lines(shape: Shape) -> float:
+    """Lines of memory that a warp's load touches: a pass each through the L1 cache."""
+    across = shape.channels if shape.flat else shape.block_c
+    return 32 * shape.vector / across * max(1.0, across * shape.itemsize / 128)
+
+
+def _resident(registers: int, warps: int) -> int:
+    """Programs that the registers of a multiprocessor hold."""
+    rounded = -(-min(255, registers) // 8) * 8
+    return max(1, min(64, _REGISTERS // (32 * rounded)) // warps)
+
+
+def _issuing(
+    programs: int, warps: int, registers: int, instructions: float, device: DeviceFacts
+) -> float:
+    """Seconds to issue the instructions of all warps, each so many.
+
+    Few warps hide each other's latencies less: 8, 12 and 16 of a multiprocessor were seen to reach
+    0.57, 0.67 and 0.73 of what it can issue.
+    """
+    resident = _resident(registers, warps)
+    each = programs / device.sm_count
+    rounds = float(-(-programs // device.sm_count)) if each <= resident else each + 0.3 * resident
+    running = min(rounds, resident) * warps
+    cycles = rounds * warps * instructions / 4
+    return cycles * (running + 6) / running / _CLOCK
+
+
+def _together(*parts: float) -> float:
+    """Times of what overlaps: about the longest, more where others are nearly as long."""
+    return 1.05 * sum(part**4 for part in parts) ** 0.25
+
+
 def _halo(axis: Axis, tiles: int) -> float:
     """Positions that neighbouring tiles read, over those that they own."""
     return ((tiles - 1) * axis.step + _counts(axis)[3]) / (tiles * axis.step)
@@ -109,6 +151,8 @@ def _halo(axis: Axis, tiles: int) -> float:
 
 def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
     """Counts and prediction of a config."""
+    if stencil.walk:
+        return _walking(stencil, shape, device)
     d, h, w = stencil.depth, stencil.height, stencil.width
     wgrad = stencil.filter != (0, 0)
     copies = stencil.multiplier if w.gradient else 1
@@ -122,7 +166,7 @@ def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
     loads = counts[0][0] * counts[1][0] * counts[2][0] * copies
     one = products + loads * (2.5 + convert) + outputs * (vector + 5) + 120
     # Passes through the L1 cache of a warp: of 128 bytes, or of two lines of the cache.
-    lines = 16 * vector / shape.block_c if shape.block_c > 1 else w.step * size / 4
+    lines = _lines(shape) if shape.block_c > 1 or shape.flat else w.step * size / 4
     passes = (loads + outputs) * max(1.0, vector * size / 4, lines)
     if wgrad:
         one += outputs * convert
@@ -141,6 +185,8 @@ def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
     tiles = shape.batch * d.tiles * h.tiles * w.tiles
     blocks = -(-tiles // shape.block_p)
     blocks_c = -(-shape.channels // shape.block_c)
+    if shape.flat:
+        blocks, blocks_c = -(-tiles * blocks_c // shape.block_p), 1
     if wgrad:
         planes, rows = stencil.filter
         chunks = -(-planes // d.taps) * -(-rows // h.taps)
@@ -156,21 +202,23 @@ def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
         accumulators = outputs * vector
         held = w.taps * vector * counts[1][2]
         end = 0
-    registers = accumulators + held + 40 + min(counts[2][0], 16) * max(1, vector * size // 4)
+    registers = accumulators + held + 25 + min(counts[2][0], 16) * max(1, vector * size // 4)
     warps = programs * shape.warps
     issued = warps * (turns * one + end)
-    resident = max(1, min(64, _REGISTERS // (32 * min(255, registers))) // shape.warps)
-    waves = -(-programs // (resident * device.sm_count)) / (programs / (resident * device.sm_count))
-    busy = min(1.0, min(resident, -(-programs // device.sm_count)) * shape.warps / 8)
-    issue = issued / (4 * device.sm_count * _CLOCK) * min(waves, 2.0) / max(busy, 0.1)
-    cache = warps * turns * passes / (device.sm_count * _CLOCK) * min(waves, 2.0)
+    issue = _issuing(programs, shape.warps, registers, turns * one + end, device)
+    cache = warps * turns * passes / (device.sm_count * _CLOCK)
 
     # Of neighbouring tiles, those of one program meet in its L1 cache.
-    across = min(shape.block_p, w.tiles)
-    down = max(1, min(shape.block_p // w.tiles, h.tiles))
+    side = shape.block_p
+    if shape.flat:
+        side = max(1, side * vector // shape.channels)
+    across = min(side, w.tiles)
+    down = max(1, min(side // w.tiles, h.tiles))
     halo = _halo(d, 1) * _halo(h, down) * _halo(w, across)
-    halo *= max(1.0, 32 / (shape.block_c * size)) if shape.block_c > 1 else 1.0
-    maps = tiles * blocks_c * min(shape.block_c, shape.channels) * size * chunks
+    if shape.block_c > 1 and not shape.flat:
+        halo *= max(1.0, 32 / (shape.block_c * size))
+    held_c = shape.channels if shape.flat else blocks_c * min(shape.block_c, shape.channels)
+    maps = tiles * held_c * size * chunks
     read = int(maps * d.step * h.step * w.step * max(halo, 1.0)) * copies
     written = maps * outputs
     loaded = read + (written if wgrad else 0)
@@ -178,8 +226,10 @@ def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
     if wgrad:
         stored = 8 * splits * shape.channels * math.prod(stencil.filter) * w.taps
     memory = (loaded / max(halo, 1.0) / chunks + stored) / _MEMORY_RATE
-    seconds = max(issue, cache, memory, (loaded + stored) / _CACHE_RATE)
-    seconds += 0.25 * min(issue, memory) + _LAUNCH * (shape.packed or wgrad)
+    seconds = _together(issue, cache, memory, (loaded + stored) / _CACHE_RATE)
+    # Between two turns of a loop a program's warps wait together.
+    seconds += _LAUNCH * (shape.packed or wgrad) + 0.6 * (turns - 1) * _LATENCY / _CLOCK
+    seconds *= 1 + 0.01 * shape.warps
     if registers > 255:
         seconds *= 1 + (registers - 255) / 32
     return Cost(
@@ -190,6 +240,93 @@ def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
         loaded,
         stored,
         turns * counts[0][0] * counts[1][0],
+        seconds,
+    )
+
+
+def _walk_registers(stencil: Stencil, shape: Shape) -> int:
+    h, w, step = stencil.height, stencil.width, stencil.height.tile
+    wgrad = stencil.filter != (0, 0)
+    raw = step * max(1, shape.vector * shape.itemsize // 4)
+    held = (h.taps * w.taps + (h.taps - 1 + step) * w.tile) * shape.vector
+    return (
+        held + (50 if wgrad else 30) + raw * (_counts(w)[0] * (1 + stencil.ahead) + w.tile * wgrad)
+    )
+
+
+def resident_programs(stencil: Stencil, shape: Shape) -> int:
+    """Programs of a walk that a multiprocessor holds at a time."""
+    return _resident(_walk_registers(stencil, shape), shape.warps)
+
+
+def _walking(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
+    """Of a kernel that walks down rows: weights, or sums of them, and a window of rows are held."""
+    h, w, step = stencil.height, stencil.width, stencil.height.tile
+    wgrad = stencil.filter != (0, 0)
+    vector, size = shape.vector, shape.itemsize
+    reads, pairs, _, _ = _counts(w)
+    convert = 0 if size == 4 else vector
+    taps = h.taps * w.taps
+    moved = (h.taps - 1) * w.tile * vector
+    row = pairs * h.taps * vector + reads * (convert + 1.3)
+    row += w.tile * (convert + 2 if wgrad else convert / 2 + 2) + 6
+    one = step * row + 12 + (moved if wgrad else 0.15 * moved)
+    registers = _walk_registers(stencil, shape)
+    rows = h.size if wgrad else h.out
+    segments = -(-rows // stencil.walk)
+    # Rows that are read: of a product also those around its segment.
+    walked = rows if wgrad else rows + (segments - 1) * (h.taps - 1)
+    turns = -(-walked // (segments * step))
+    strips = shape.batch * w.tiles
+    if wgrad:
+        blocks_c = -(-shape.channels // shape.block_c)
+        blocks = -(-strips // shape.block_p)
+        each = -(-blocks // max(1, min(shape.split, blocks)))
+        splits = -(-blocks // each) * segments
+        programs = blocks_c * splits
+        start = (h.taps - 1) * w.tile * (vector + 2) + 60
+        end = taps * (20 + 8 * vector)
+    else:
+        programs = -(-strips * shape.channels // (vector * shape.block_p)) * segments
+        each, splits = 1, 1
+        start, end = taps + 90, 0
+    accumulators = taps * vector if wgrad else (h.taps - 1 + step) * w.tile * vector
+    instructions = each * (turns * one + start) + end
+    warps = programs * shape.warps
+    issue = _issuing(programs, shape.warps, registers, instructions, device)
+    resident = _resident(registers, shape.warps)
+    waves = max(1.0, programs / (resident * device.sm_count))
+    waiting = 0.5 if stencil.ahead else 1.0
+    latency = waves * (each * turns * waiting + 2) * _LATENCY / _CLOCK
+    accesses = step * (reads + w.tile) * turns * each
+    passes = accesses * max(1.0, vector * size / 4, _lines(shape))
+    passes += 0 if wgrad else taps * vector * 0.5 + taps
+    cache = warps * passes / (device.sm_count * _CLOCK)
+
+    side = shape.block_p
+    if shape.flat:
+        side = max(1, side * vector // shape.channels)
+    maps = shape.batch * shape.channels * size * w.out
+    loaded = maps * _halo(w, min(side, w.tiles)) * walked
+    stored = maps * h.out
+    if wgrad:
+        loaded += maps * (h.out + (segments - 1) * (h.taps - 1))
+        stored = 8 * splits * shape.channels * taps
+    compulsory = maps * (h.size + h.out) + (stored if wgrad else 0)
+    seconds = _together(
+        issue, cache, compulsory / _MEMORY_RATE, (loaded + stored) / _CACHE_RATE, latency
+    )
+    seconds = (seconds + _LAUNCH) * (1 + 0.01 * shape.warps)
+    if registers > 232:
+        seconds *= 1 + (registers - 232) / 32
+    return Cost(
+        programs,
+        registers,
+        accumulators,
+        int(warps * instructions),
+        int(loaded),
+        int(stored),
+        turns * each * step,
         seconds,
     )
 

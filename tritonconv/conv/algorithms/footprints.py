@@ -102,6 +102,7 @@ def _footprint(product: _Product, config: TileConfig, device: DeviceFacts) -> Fo
         splits = max(1, min(config.split_k, steps))
         steps = cdiv(steps, splits)
     partial = splits > 1
+    gathers = partial and config.one_launch == 1
     amd = device.arch.startswith("gfx")
     grouped = device.arch == "sm_90" and product.matrix and m >= 64 and config.num_warps >= 4
     looped = not (product.unrolled and steps * splits <= 1)
@@ -132,7 +133,8 @@ def _footprint(product: _Product, config: TileConfig, device: DeviceFacts) -> Fo
         flops=2 * all_steps * m * n * k,
         steps=steps,
         in_flight=max(1, config.num_stages - 1) if a_streams and product.b_streams else 1,
-        launches=2 if partial else 1,
+        launches=2 if partial and not gathers else 1,
+        gathered_bytes=4 * splits * m * n if gathers else 0,
         matrix=product.matrix,
     )
 

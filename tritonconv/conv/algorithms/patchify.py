@@ -182,6 +182,7 @@ class Patchify(Algorithm):
                 PowerOfTwo("block_k", 32, 64),
                 Choice("group_m", (8, 1)),
                 Choice("split_k", (1,)),
+                Choice("one_launch", (0,)),
             ),
             (*tile_constraints(), order_constraint(problem, device, problem.out_pixels, columns)),
             TileConfig(128, min(64, block_n), 32, 4, 3),

@@ -25,7 +25,7 @@ from .common import (
     slot_dtypes,
     spatial_strides,
     store_result,
-    unsupported_dtype,
+    unsupported_operands,
     widen,
     widen_all,
 )
@@ -151,7 +151,7 @@ class Pointwise(Algorithm):
             return "the rows of the input map do not follow each other"
         if not _flat_map(problem.out_size, problem.y_strides):
             return "the rows of the output map do not follow each other"
-        return unsupported_dtype(problem)
+        return unsupported_operands(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """The tiles of a matrix product."""

@@ -13,10 +13,8 @@ import triton.language as tl
 from ...runtime.plan import KernelCall, LaunchPlan, Slot
 from ..problem import ConvProblem
 from .common import (
-    NO_EPILOGUE,
     TileConfig,
     below,
-    epilogue_arguments,
     grouped_tile,
     lifted,
     matmul_step,
@@ -30,7 +28,15 @@ from .common import (
     widen,
     widen_all,
 )
-from .split import finished, split_range, splits_of, store_partial
+from .split import (
+    SplitSum,
+    add_parts,
+    finished,
+    last_to_arrive,
+    split_range,
+    store_part,
+    store_partial,
+)
 
 
 @triton.jit
@@ -63,6 +69,8 @@ def conv_dgrad_kernel(
     w_ptr,
     x_ptr,
     acc_ptr,
+    parts_ptr,
+    arrivals_ptr,
     extra_ptrs,
     extra_strides,
     batch,
@@ -88,7 +96,9 @@ def conv_dgrad_kernel(
     STEP_D: tl.constexpr,
     STEP_H: tl.constexpr,
     STEP_W: tl.constexpr,
+    SOME_WITHOUT_TAPS: tl.constexpr,
     SPLITS: tl.constexpr,
+    ONE_LAUNCH: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -102,7 +112,7 @@ def conv_dgrad_kernel(
     """grad_x[n, c, i] = Σ_{o,r} grad_y[n, o, p] · w[o, c, r].
 
     p = (i + pad − r·dilation) / stride, on every axis, where that is exact and in range. With
-    SPLITS every part of the sum goes to ``x_ptr[split, pixel, c]`` in float32.
+    SPLITS every part of the sum goes to ``parts_ptr`` in float32, as in the forward product.
     """
     if WIDE:
         batch = widen(batch)
@@ -130,6 +140,13 @@ def conv_dgrad_kernel(
     taps_h = _taps_from(first_r, KERNEL_H, STEP_H)
     taps_w = _taps_from(first_s, KERNEL_W, STEP_W)
     taps = _taps_from(first_t, KERNEL_D, STEP_D) * taps_h * taps_w
+    steps = tl.cdiv(FILTERS, BLOCK_K) * taps
+    if SOME_WITHOUT_TAPS:
+        # The first steps' addresses are computed before the loop, entered or not: what they divide
+        # by must not be zero, or the compiler concludes that every phase has taps.
+        taps = tl.maximum(taps, 1)
+        taps_h = tl.maximum(taps_h, 1)
+        taps_w = tl.maximum(taps_w, 1)
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     image, plane, row, column = position(m, (planes, rows, columns))
@@ -142,7 +159,7 @@ def conv_dgrad_kernel(
 
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    begin, end = split_range(tl.cdiv(FILTERS, BLOCK_K) * taps, split, SPLITS)
+    begin, end = split_range(steps, split, SPLITS)
     for step in range(begin, end):
         tap = step % taps
         line = tap // taps_w
@@ -179,15 +196,26 @@ def conv_dgrad_kernel(
 
     in_channel = group * CHANNELS + n
     mask = mask_m[:, None] & mask_n[None, :]
-    if SPLITS > 1:
-        pixel = ((image * in_size[0] + in_plane) * in_size[1] + in_row) * in_size[2] + in_column
+    if SPLITS > 1 and not ONE_LAUNCH:
+        pixel = (image * in_size[0] + in_plane) * in_size[1] + in_row
+        pixel = pixel * in_size[2] + in_column
         channels = tl.num_programs(1) * CHANNELS
         all_pixels = pixels_of(batch, in_size)
-        store_partial(acc, x_ptr, split, pixel, all_pixels, in_channel, channels, mask)
-    else:
+        store_partial(acc, parts_ptr, split, pixel, all_pixels, in_channel, channels, mask)
+        return
+    whole = True
+    if SPLITS > 1:
+        tile = (phase * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
+        store_part(acc, parts_ptr, tile, split, SPLITS)
+        whole = last_to_arrive(arrivals_ptr + tile, SPLITS)
+    if whole:
+        if SPLITS > 1:
+            total = add_parts(parts_ptr, tile, SPLITS, BLOCK_M, BLOCK_N)
+        else:
+            total = acc
         x_rows = pixel_offset(x_strides, image, in_plane, in_row, in_column)
         store_result(
-            acc,
+            total,
             x_ptr,
             acc_ptr,
             x_rows[:, None] + (in_channel * x_strides[1])[None, :],
@@ -202,6 +230,14 @@ def conv_dgrad_kernel(
             EPILOGUE,
             SAVE_ACC,
         )
+
+
+def every_phase_has_taps(problem: ConvProblem) -> bool:
+    """Whether every phase of the stride meets a tap of the filter, on every axis."""
+    return all(
+        len({tap * step % hop for tap in range(taps)}) == hop
+        for taps, hop, step in zip(problem.kernel, problem.stride, problem.dilation, strict=True)
+    )
 
 
 def dgrad_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
@@ -219,29 +255,23 @@ def dgrad_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
         ],
         1,
     )
-    splits = splits_of(problem, config)
-    fused = epilogue_arguments(problem) if splits == 1 else NO_EPILOGUE
-    out = "grad_input" if splits == 1 else "partial"
+    split = SplitSum.of(problem, config)
     call = KernelCall(
         conv_dgrad_kernel,
-        (tiles, problem.groups, math.prod(problem.stride) * splits),
+        (tiles, problem.groups, math.prod(problem.stride) * split.parts),
         (
             Slot("grad_output"),
             Slot("weight"),
-            Slot(out),
-            Slot("acc" if fused.save_acc else out),
-            fused.pointers,
-            fused.strides,
+            *split.arguments(problem),
             *spatial_arguments(problem),
         ),
         {
             **product_constexprs(problem, config),
             **{f"STEP_{axis}": step for axis, step in zip("DHW", steps, strict=True)},
-            "SPLITS": splits,
-            "EPILOGUE": fused.function,
-            "SAVE_ACC": fused.save_acc,
+            "SOME_WITHOUT_TAPS": not every_phase_has_taps(problem),
+            **split.constexprs(),
         },
         config.num_warps,
         config.num_stages,
     )
-    return finished(problem, call, splits)
+    return finished(problem, config, call, split)

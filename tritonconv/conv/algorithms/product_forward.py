@@ -12,9 +12,7 @@ import triton.language as tl
 from ...runtime.plan import KernelCall, LaunchPlan, Slot
 from ..problem import ConvProblem
 from .common import (
-    NO_EPILOGUE,
     TileConfig,
-    epilogue_arguments,
     grouped_tile,
     inside,
     matmul_step,
@@ -29,7 +27,15 @@ from .common import (
     widen,
     widen_all,
 )
-from .split import finished, split_range, splits_of, store_partial
+from .split import (
+    SplitSum,
+    add_parts,
+    finished,
+    last_to_arrive,
+    split_range,
+    store_part,
+    store_partial,
+)
 from .tiles import needs_bounds
 
 
@@ -39,6 +45,8 @@ def conv_forward_kernel(
     w_ptr,
     y_ptr,
     acc_ptr,
+    parts_ptr,
+    arrivals_ptr,
     extra_ptrs,
     extra_strides,
     batch,
@@ -63,6 +71,7 @@ def conv_forward_kernel(
     DILATION_W: tl.constexpr,
     CHECK_BOUNDS: tl.constexpr,
     SPLITS: tl.constexpr,
+    ONE_LAUNCH: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -75,7 +84,8 @@ def conv_forward_kernel(
 ):
     """y[n, o, p] = Σ_{c,r} x[n, c, p·stride + r·dilation − pad] · w[o, c, r], p and r per axis.
 
-    With SPLITS every part of the sum goes to ``y_ptr[split, pixel, o]`` in float32.
+    With SPLITS every part of the sum goes to ``parts_ptr`` in float32: with ONE_LAUNCH the last
+    program of a tile adds them, otherwise another kernel does.
     """
     if WIDE:
         batch = widen(batch)
@@ -132,13 +142,23 @@ def conv_forward_kernel(
         acc = matmul_step(a, b, acc, PRECISION, UPCAST)
 
     mask = mask_m[:, None] & mask_n[None, :]
-    if SPLITS > 1:
+    if SPLITS > 1 and not ONE_LAUNCH:
         filters = tl.num_programs(1) * FILTERS
-        store_partial(acc, y_ptr, split, m, pixels, out_channel, filters, mask)
-    else:
+        store_partial(acc, parts_ptr, split, m, pixels, out_channel, filters, mask)
+        return
+    whole = True
+    if SPLITS > 1:
+        tile = group * tl.num_programs(0) + tl.program_id(0)
+        store_part(acc, parts_ptr, tile, split, SPLITS)
+        whole = last_to_arrive(arrivals_ptr + tile, SPLITS)
+    if whole:
+        if SPLITS > 1:
+            total = add_parts(parts_ptr, tile, SPLITS, BLOCK_M, BLOCK_N)
+        else:
+            total = acc
         y_rows = pixel_offset(y_strides, image, plane, row, column)
         store_result(
-            acc,
+            total,
             y_ptr,
             acc_ptr,
             y_rows[:, None] + (out_channel * y_strides[1])[None, :],
@@ -160,29 +180,22 @@ def forward_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:
     tiles = triton.cdiv(problem.out_pixels, config.block_m) * triton.cdiv(
         problem.filters_per_group, config.block_n
     )
-    splits = splits_of(problem, config)
-    fused = epilogue_arguments(problem) if splits == 1 else NO_EPILOGUE
-    out = "output" if splits == 1 else "partial"
+    split = SplitSum.of(problem, config)
     call = KernelCall(
         conv_forward_kernel,
-        (tiles, problem.groups, splits),
+        (tiles, problem.groups, split.parts),
         (
             Slot("input"),
             Slot("weight"),
-            Slot(out),
-            Slot("acc" if fused.save_acc else out),
-            fused.pointers,
-            fused.strides,
+            *split.arguments(problem),
             *spatial_arguments(problem),
         ),
         {
             **product_constexprs(problem, config),
             "CHECK_BOUNDS": needs_bounds(problem),
-            "SPLITS": splits,
-            "EPILOGUE": fused.function,
-            "SAVE_ACC": fused.save_acc,
+            **split.constexprs(),
         },
         config.num_warps,
         config.num_stages,
     )
-    return finished(problem, call, splits)
+    return finished(problem, config, call, split)

@@ -1,21 +1,26 @@
 """Products whose sum is split: small maps have too few tiles for a GPU.
 
-Every part of the sum is written in float32 and the parts are added in a fixed order by a second
-kernel, which applies the epilogue: no atomics.
+Every part of the sum is written in float32, and the parts are added in a fixed order before the
+epilogue: by the program that stores the last part of a tile, or by a second kernel. No
+floating-point atomics: programs are counted, sums are not.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
+from ...runtime.plan import Arg, KernelCall, LaunchPlan, Slot, Workspace
 from ..problem import ConvProblem, Direction
 from .common import (
     MAX_GRID_Z,
+    NO_EPILOGUE,
+    EpilogueArguments,
     TileConfig,
     epilogue_arguments,
     lifted,
@@ -47,9 +52,53 @@ def split_range(steps, split, SPLITS: tl.constexpr):
 
 @triton.jit
 def store_partial(acc, partial_ptr, split, pixel, pixels, channel, channels, mask):
-    """Write one part of the sums of a tile to (split, pixel, channel)."""
+    """Write one part of the sums of a tile to (split, pixel, channel): for a second kernel."""
     rows = (split.to(tl.int64) * pixels + pixel) * channels
     tl.store(partial_ptr + rows[:, None] + channel[None, :], acc, mask=mask)
+
+
+@triton.jit
+def store_part(acc, parts_ptr, tile, split, SPLITS: tl.constexpr):
+    """Write one part of the sums of a tile, whole and unmasked, to (tile, split, row, column)."""
+    ROWS: tl.constexpr = acc.shape[0]
+    COLUMNS: tl.constexpr = acc.shape[1]
+    base = parts_ptr + (tile.to(tl.int64) * SPLITS + split) * (ROWS * COLUMNS)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    tl.store(base + row[:, None] * COLUMNS + column[None, :], acc)
+
+
+@triton.jit
+def last_to_arrive(counter_ptr, parts):
+    """Whether all ``parts`` programs have arrived at a counter; the last one sets it to zero.
+
+    What the others stored before they arrived is visible to the last one, wherever it is loaded
+    past the L1 cache.
+    """
+    # All threads of this program have stored before one of them counts it in.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1
+    tl.store(counter_ptr, 0, mask=last)
+    return last
+
+
+@triton.jit
+def add_parts(parts_ptr, tile, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of what :func:`store_part` wrote for a tile, in the order of the parts."""
+    base = parts_ptr + tile.to(tl.int64) * (SPLITS * ROWS * COLUMNS)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    parts = base + row[:, None] * COLUMNS + column[None, :]
+    total = tl.load(parts, cache_modifier=".cg")
+    if SPLITS <= 16:
+        for _ in tl.static_range(SPLITS - 1):
+            parts += ROWS * COLUMNS
+            total += tl.load(parts, cache_modifier=".cg")
+    else:
+        for _ in range(SPLITS - 1):
+            parts += ROWS * COLUMNS
+            total += tl.load(parts, cache_modifier=".cg")
+    return total
 
 
 @triton.jit
@@ -105,36 +154,79 @@ def _finish_kernel(
     )
 
 
-def splittable(problem: ConvProblem) -> bool:
-    """Whether the sum of a product over pixels may be split.
-
-    On an H100 split input gradients of a problem with phases that no tap meets left some parts
-    unwritten, probably as the loop divides by their number of taps. These stay whole, and so do
-    all on three axes until a GPU has shown them right.
-    """
-    if problem.direction is not Direction.DGRAD:
-        return True
-    met = all(
-        {tap * step % hop for tap in range(taps)} == set(range(hop))
-        for taps, hop, step in zip(problem.kernel, problem.stride, problem.dilation, strict=True)
-    )
-    return met and len(problem.kernel) < 3
-
-
 def splits_of(problem: ConvProblem, config: TileConfig) -> int:
     """Parts of the sum: no more than it has steps, or a grid has room for beside the phases."""
-    if not splittable(problem):
-        return 1
     phases = math.prod(problem.stride) if problem.direction is Direction.DGRAD else 1
     steps = reduction_steps(problem, config.block_k)
     return max(1, min(config.split_k, steps, MAX_GRID_Z // phases))
 
 
-def finished(problem: ConvProblem, call: KernelCall, splits: int) -> LaunchPlan:
-    """The plan of a product over pixels, with the second kernel where its sum is split."""
+@dataclass(frozen=True)
+class SplitSum:
+    """How the sum of a product over pixels is split, and what its kernel is given for that.
+
+    Attributes:
+        parts: of the sum; one: whole.
+        one_launch: whether the last program of a tile adds the parts.
+        epilogue: what the kernel applies itself.
+    """
+
+    parts: int
+    one_launch: bool
+    epilogue: EpilogueArguments
+
+    @classmethod
+    def of(cls, problem: ConvProblem, config: TileConfig) -> SplitSum:
+        """As a config asks and the problem allows."""
+        parts = splits_of(problem, config)
+        one_launch = parts > 1 and config.one_launch == 1
+        whole = parts == 1 or one_launch
+        return cls(parts, one_launch, epilogue_arguments(problem) if whole else NO_EPILOGUE)
+
+    def arguments(self, problem: ConvProblem) -> tuple[Arg, ...]:
+        """Result, saved accumulator, parts, counters; pointers and strides of the epilogue."""
+        out = slot_names(problem.direction)[2]
+        return (
+            Slot(out),
+            Slot("acc" if self.epilogue.save_acc else out),
+            Slot("partial" if self.parts > 1 else out),
+            Slot("arrivals" if self.one_launch else out),
+            self.epilogue.pointers,
+            self.epilogue.strides,
+        )
+
+    def constexprs(self) -> dict[str, Any]:
+        """What the kernel is specialised on."""
+        return {
+            "SPLITS": self.parts,
+            "ONE_LAUNCH": self.one_launch,
+            "EPILOGUE": self.epilogue.function,
+            "SAVE_ACC": self.epilogue.save_acc,
+        }
+
+
+def finished(
+    problem: ConvProblem, config: TileConfig, call: KernelCall, split: SplitSum
+) -> LaunchPlan:
+    """The plan of a product over pixels, with what a split sum needs besides its kernel.
+
+    Args:
+        problem, config: what the plan is of.
+        call: the product, on a grid of (tiles, groups, phases × parts).
+        split: how its sum is split.
+    """
     dtypes = slot_dtypes(problem)
+    splits = split.parts
     if splits == 1:
         return LaunchPlan((call,), dtypes)
+    dtypes["partial"] = torch.float32
+    if split.one_launch:
+        tiles = math.prod(call.grid) // splits
+        dtypes["arrivals"] = torch.int32
+        size = (tiles, splits, config.block_m, config.block_n)
+        parts = Workspace("partial", size, torch.float32)
+        arrivals = Workspace("arrivals", (tiles,), torch.int32, counters=True)
+        return LaunchPlan((call,), dtypes, (parts, arrivals))
     epilogue = epilogue_arguments(problem)
     forward = problem.direction is Direction.FORWARD
     batch, channels, *size = problem.result_shape
@@ -167,4 +259,4 @@ def finished(problem: ConvProblem, call: KernelCall, splits: int) -> LaunchPlan:
         num_warps=4,
     )
     space = Workspace("partial", (splits, pixels, channels), torch.float32)
-    return LaunchPlan((call, finish), {**dtypes, "partial": torch.float32}, (space,))
+    return LaunchPlan((call, finish), dtypes, (space,))

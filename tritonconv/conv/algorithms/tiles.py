@@ -87,21 +87,89 @@ def reduction_steps(problem: ConvProblem, block_k: int) -> int:
     return triton.cdiv(depth, block_k) * taps
 
 
-_MOST_SPLITS = 16
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+_SMALL_TILES = ((64, 64), (64, 32), (32, 64), (32, 32))
+
+# Of an H100, in microseconds and bytes per microsecond: orders of magnitude, as above.
+_FIRST_LOAD_US = 0.7
+_STEP_US = 0.12
+_GATHER_US = 1.2  # a part stored, counted and read back
+_CACHE_RATE = 5.5e6
+_CACHE_RATE_OF_ONE = 8e4  # of one multiprocessor
+
+
+def product_us(
+    problem: ConvProblem, block_m: int, block_n: int, block_k: int, split: int, sm_count: int
+) -> float:
+    """Estimated time of a small product over pixels, without its launch.
+
+    Steps of a program wait for the L2 cache, which all programs share; one program adds the parts.
+    """
+    rows, columns, _ = product_shape(problem)
+    phases = math.prod(problem.stride) if problem.direction is Direction.DGRAD else 1
+    programs = phases * _tiles(problem, rows, columns, block_m, block_n) * split
+    steps = triton.cdiv(reduction_steps(problem, block_k), split)
+    busy = min(programs, sm_count)
+    rate = min(_CACHE_RATE_OF_ONE, _CACHE_RATE / busy)
+    each = (block_m + block_n) * block_k * problem.dtype.itemsize / rate
+    if problem.precision == "tf32x3":
+        each += block_m * block_n * block_k / 2**17 * _STEP_US  # three products one by one
+    # Two programs of a multiprocessor hide each other's waits, but not their traffic.
+    waits = triton.cdiv(programs, 2 * sm_count) * (_FIRST_LOAD_US + steps * _STEP_US)
+    moved = triton.cdiv(programs, sm_count) * steps * each
+    gather = 0.0
+    if split > 1:
+        gather = _GATHER_US + 4 * split * block_m * block_n / _CACHE_RATE_OF_ONE
+    return max(waits, moved) + 0.3 * min(waits, moved) + gather
 
 
 def product_split(
     problem: ConvProblem, block_m: int, block_n: int, block_k: int, sm_count: int
 ) -> int:
-    """Parts of the sum that fill the GPU, one where its tiles nearly do so."""
+    """Parts of the sum of a tile that take the least time, one where its tiles fill the GPU."""
+    return min(
+        _splits(problem, block_k),
+        key=lambda split: (
+            product_us(problem, block_m, block_n, block_k, split, sm_count),
+            split,
+        ),
+    )
+
+
+def _splits(problem: ConvProblem, block_k: int) -> list[int]:
+    """Numbers of parts, each of two steps at least, that are worth a thought."""
+    most = max(1, reduction_steps(problem, block_k) // 2)
+    plain = problem.x_layout != "strided" and problem.y_layout != "strided"
+    # A whole sum over points is the pointwise algorithm's.
+    least = min(2, most) if problem.pointwise and plain else 1
+    return [split for split in _SPLITS if least <= split <= most]
+
+
+def small_product(problem: ConvProblem, sm_count: int) -> bool:
+    """Whether a product over pixels has too few tiles of 64 x 64 for the multiprocessors."""
+    if problem.direction is Direction.WGRAD:
+        return False
     rows, columns, _ = product_shape(problem)
     phases = math.prod(problem.stride) if problem.direction is Direction.DGRAD else 1
-    tiles = phases * _tiles(problem, rows, columns, block_m, block_n)
-    steps = reduction_steps(problem, block_k)
-    most = min(sm_count // tiles, steps // 4, _MOST_SPLITS)
-    split = 1 << max(0, most.bit_length() - 1)
-    # A second kernel costs about as much as a dozen steps of one program.
-    return split if steps - steps // split >= 12 else 1
+    return phases * _tiles(problem, rows, columns, 64, 64) <= sm_count
+
+
+def _small_default(problem: ConvProblem, block_k: int, device: DeviceFacts) -> TileConfig:
+    """Small tiles and a split sum: what the estimate likes best."""
+    rows, columns, depth = product_shape(problem)
+    sms = device.sm_count
+    deepest = power_of_two(depth, 16, 2 * block_k if problem.dtype.itemsize == 2 else block_k)
+    options = [
+        (power_of_two(rows, 16, m), power_of_two(columns, 16, n), k)
+        for m, n in _SMALL_TILES
+        for k in dict.fromkeys((block_k, deepest))
+    ]
+    splits = {option: product_split(problem, *option, sms) for option in options}
+    m, n, k = min(options, key=lambda option: product_us(problem, *option, splits[option], sms))
+    split = splits[m, n, k]
+    bytes_each = (m + n) * k * problem.dtype.itemsize
+    stages = 5 if 5 * bytes_each <= device.shared_bytes * 0.9 else 3
+    return TileConfig(m, n, k, 4, stages, split_k=split, one_launch=int(split > 1))
 
 
 def tile_default(problem: ConvProblem, device: DeviceFacts, split_sum: bool = False) -> TileConfig:
@@ -115,8 +183,8 @@ def tile_default(problem: ConvProblem, device: DeviceFacts, split_sum: bool = Fa
     rows, columns, depth = product_shape(problem)
     wide_type = problem.dtype is torch.float32
     block_n = power_of_two(columns, 16, _most_columns(problem))
-    depth_max = 32 if wide_type else 64
-    block_k = power_of_two(depth, 16, depth_max)
+    depth_max = 128 // problem.dtype.itemsize
+    block_k = power_of_two(depth, _least_depth(problem), depth_max)
     block_m = power_of_two(rows, 16, 128)
     if problem.direction is Direction.WGRAD:
         # Splitting the reduction fills the GPU; small tiles would only re-read the operands.
@@ -126,11 +194,8 @@ def tile_default(problem: ConvProblem, device: DeviceFacts, split_sum: bool = Fa
             block_n = min(block_n, 64)
     else:
         floor = device.sm_count
-        if split_sum:
-            m, n = min(block_m, 64), min(block_n, 64)
-            split = product_split(problem, m, n, block_k, device.sm_count)
-            if split > 1:
-                return TileConfig(m, n, block_k, 4, 3, split_k=split)
+        if split_sum and small_product(problem, device.sm_count):
+            return _small_default(problem, block_k, device)
         while block_m > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor:
             block_m //= 2
         while block_n > 32 and _tiles(problem, rows, columns, block_m, block_n) < floor // 2:
@@ -157,16 +222,19 @@ def tile_space(
     scalar = problem.dtype is torch.float32 and problem.precision == "ieee"
     most_rows = triton.next_power_of_2(max(rows, 16))
     most_columns = triton.next_power_of_2(max(columns, 16))
-    half = problem.dtype.itemsize == 2
+    half = problem.dtype.itemsize <= 2
     wgrad = problem.direction is Direction.WGRAD
     k_max = 32 if scalar else 128 if half and not wgrad else 64
-    k_most = power_of_two(depth, 16, k_max)
+    k_most = power_of_two(depth, _least_depth(problem), k_max)
+    small = small_product(problem, device.sm_count)
+    k_least = (64 if half else 16 if scalar else 32) if small else 32 if half else 16
     parameters: list[Parameter] = [
-        Int("num_stages", 2, 4),
-        PowerOfTwo("num_warps", 2, 8),
+        # Few programs of a few steps each: what they wait for had better be under way at once.
+        Int("num_stages", 3, 5, 2) if small else Int("num_stages", 2, 4),
+        PowerOfTwo("num_warps", 4 if small else 2, 8),
         PowerOfTwo("block_m", min(32, most_rows), min(256, most_rows)),
         PowerOfTwo("block_n", 16, min(256, most_columns)),
-        PowerOfTwo("block_k", min(32, k_most) if half else 16, k_most),
+        PowerOfTwo("block_k", min(k_least, k_most), k_most),
         # A split reduction has few tiles, whose order matters little.
         Choice("group_m", (8,) if wgrad else (8, 1)),
     ]
@@ -194,10 +262,16 @@ def tile_space(
     if not wgrad:
 
         def parts(block_m: int, block_n: int, block_k: int) -> tuple[int, ...]:
+            if not split_sum or not small:
+                return (1,)
             best = product_split(problem, block_m, block_n, block_k, device.sm_count)
-            return (1, best, 2 * best) if split_sum and best > 1 else (1,)
+            allowed = _splits(problem, block_k)
+            around = (allowed[0], best, 2 * best, max(1, best // 2))
+            found = dict.fromkeys(around)
+            return tuple(split for split in found if allowed[0] <= split <= 2 * allowed[-1])
 
         parameters.append(Derived("split_k", parts))
+        parameters.append(Derived("one_launch", lambda split_k: (1, 0) if split_k > 1 else (0,)))
         return ConfigSpace(
             TileConfig,
             tuple(parameters),
@@ -219,6 +293,7 @@ def tile_space(
         return around(wgrad_split(problem, block_m, block_n, device.sm_count))
 
     parameters.append(Derived("split_k", splits))
+    parameters.append(Choice("one_launch", (0,)))
     constraints.append(
         Constraint(
             "splits",
@@ -285,6 +360,11 @@ def product_shape(problem: ConvProblem) -> tuple[int, int, int]:
 
 def _tiles(problem: ConvProblem, rows: int, columns: int, block_m: int, block_n: int) -> int:
     return problem.groups * triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+
+
+def _least_depth(problem: ConvProblem) -> int:
+    """What a step of a matrix instruction multiplies at least."""
+    return 32 if problem.dtype.itemsize == 1 else 16
 
 
 def _most_columns(problem: ConvProblem) -> int:

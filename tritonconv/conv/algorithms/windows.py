@@ -237,6 +237,7 @@ def window_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileC
             PowerOfTwo("block_k", 16, power_of_two(depth, 16, 64)),
             Choice("group_m", (8, 1)),
             Choice("split_k", (1,)),
+            Choice("one_launch", (0,)),
         ),
         (
             *tile_constraints(),
