@@ -8,6 +8,7 @@ tile and channel. Rows are output pixels, columns output channels; the sum runs 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,7 @@ from .common import (
     spatial_strides,
     tap_offset,
     tap_position,
+    unsupported_dtype,
     unsupported_product,
     widen,
     widen_all,
@@ -490,11 +492,16 @@ class FusedInput(Algorithm):
         """Forward products in a dtype of the generated kernels; two inputs have one group."""
         if problem.second_channels and problem.groups != 1:
             return "two inputs in groups"
-        return unsupported_product(problem)
+        return unsupported_dtype(problem) or unsupported_product(problem)
 
     def space(self, problem: FusedProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """Tiles, warps and stages."""
-        return tile_space(problem, device)
+        space = tile_space(problem, device)
+        default = space.default
+        if problem.prologue is not None and default.block_m * default.block_n == 128 * 64:
+            # The operand passes through registers, which a tile on four warps leaves too few of.
+            return replace(space, default=replace(default, num_warps=8))
+        return space
 
     def plan(self, problem: FusedProblem, config: TileConfig) -> LaunchPlan:
         """One launch, and one that merges the tiles' statistics."""
