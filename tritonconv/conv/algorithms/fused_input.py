@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ...codegen.program import ScalarFunction
 from ...codegen.registry import program_of
+from ...runtime.compat import TRITON_VERSION, interpreting
 from ...runtime.device import DeviceFacts
 from ...runtime.operators import Algorithm
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
@@ -463,6 +464,10 @@ def _merge_statistics_kernel(
     tl.store(out_var_ptr + c, tl.sum(total, axis=0) / pixels, mask=mask_c)
 
 
+# Triton 3.9 loads single elements through a pointer that was chosen from two; 3.6 whole rows.
+_ONE_LOOP = interpreting() or TRITON_VERSION < (3, 7)
+
+
 def fused_slots(problem: FusedProblem) -> dict[str, torch.dtype]:
     """The dtype of every slot of a problem, in slot order (inputs, outputs, extras)."""
     slots = slot_dtypes(problem)
@@ -486,7 +491,7 @@ class FusedInput(Algorithm):
 
     name: ClassVar[str] = "fused_input"
     config_type = TileConfig
-    sources = ("common", "footprints", "tiles")
+    sources = ("common", "tiles")
 
     def supports(self, problem: FusedProblem) -> str | None:
         """Forward products in a dtype of the generated kernels; two inputs have one group."""
@@ -534,7 +539,7 @@ class FusedInput(Algorithm):
                 "CHANNELS": first,
                 "SECOND": problem.second_channels,
                 "CHECK_BOUNDS": needs_bounds(problem),
-                "ONE_LOOP": two and divides and alike,
+                "ONE_LOOP": two and divides and alike and _ONE_LOOP,
                 **_prologue_constexprs(problem),
                 "STATS": problem.stats,
                 "EPILOGUE": fused.function,
