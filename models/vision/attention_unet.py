@@ -91,9 +91,7 @@ class ConvNorm(nn.Module):
         self.conv = self.ops.Conv(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.norm = self.ops.BatchNorm(out_channels)
 
-    def forward(
-        self, x: Tensor | tuple[Tensor, Tensor], attention: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], attention: Tensor | None = None) -> Tensor:
         """Apply the block to ``x`` or, for a 1 × 1 kernel only, to ``attention * x``.
 
         Args:

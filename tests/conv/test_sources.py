@@ -10,6 +10,7 @@ import pytest
 
 from tritonconv.conv import algorithms
 from tritonconv.conv.algorithms import ALGORITHMS
+from tritonconv.conv.fused_dispatch import FUSED_ALGORITHMS
 from tritonconv.runtime import operators
 from tritonconv.runtime.operators import Algorithm
 
@@ -48,7 +49,10 @@ def own(algorithm: Algorithm) -> str:
     return Path(inspect.getfile(type(algorithm))).stem
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+EVERY = (*ALGORITHMS, *FUSED_ALGORITHMS)
+
+
+@pytest.mark.parametrize("algorithm", EVERY, ids=lambda a: a.name)
 def test_sources_are_the_modules_with_what_an_algorithm_runs(algorithm: Algorithm) -> None:
     """One that is not listed could change without a word; one too many makes entries stale."""
     # PyTorch's own runs no kernel of ours: what it takes from its neighbours are names.
@@ -61,7 +65,7 @@ def test_the_rule_sees_kernels_that_are_imported_from_a_neighbour() -> None:
     assert {"common", "tiles"} <= needed("implicit_gemm")
     assert "footprints" not in needed("dense") and "windows" not in needed("dense")
     with_kernels = {p.stem for p in FOLDER.glob("*.py") if "@triton.jit" in p.read_text()}
-    listed = {name for a in ALGORITHMS for name in (*a.sources, own(a))}
+    listed = {name for a in EVERY for name in (*a.sources, own(a))}
     assert with_kernels <= listed
 
 

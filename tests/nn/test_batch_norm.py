@@ -96,8 +96,10 @@ def test_a_chain_hands_its_normalisation_on(
     same(found, wanted)
     # The gradient of a gradient penalty.
     mine, other = [x, *mine], [x, *other]
-    second_order = torch.autograd.grad(penalty(found), mine, materialize_grads=True)
-    same(second_order, torch.autograd.grad(penalty(wanted), other, materialize_grads=True))
+    second = torch.autograd.grad(penalty(found), mine, materialize_grads=True)
+    expected = torch.autograd.grad(penalty(wanted), other, materialize_grads=True)
+    for a, b in zip(second, expected, strict=True):  # large numbers that nearly cancel
+        assert (a - b).norm() <= 1e-4 * b.norm()
     ours.eval(), plain.eval()
     same(ours_second(ours_first.pending(x)), plain(x))
 

@@ -162,7 +162,9 @@ def emit_body(program: Traced, graph: fx.Graph) -> str:
             called = program.captures[capture].name
             known[node] = names.new(identifier(called) if called else f"load_{node.args[1]}")
             inside = "mask"
-            if len(index) == 1 and index[0] in coord_nodes:
+            one = len(index) == 1 and index[0] in coord_nodes
+            # An empty vector stands for one whose size is not known yet.
+            if one and program.captures[capture].shape != (0,):
                 # A vector along one axis is read once for all elements of the others: the mask,
                 # which has all axes, would make a load for each.
                 (size,), name = program.captures[capture].shape, context.names[index[0]]

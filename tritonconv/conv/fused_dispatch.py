@@ -57,7 +57,8 @@ class FusedOperator(ConvOperator):
         if not 0 <= second < plain.in_channels:
             raise bad_value("second_channels", f"fewer than {plain.in_channels}", second)
         wide = bool(fields.get("wide", False))
-        x_strides, second_strides = plain.x_strides, ()
+        x_strides = plain.x_strides
+        second_strides: tuple[int, ...] = ()
         if second:
             x_shape = (plain.batch, plain.in_channels - second, *plain.in_size)
             x_strides = strides_for(x_shape, str(fields.get("layout", plain.x_layout)), wide)
@@ -65,9 +66,10 @@ class FusedOperator(ConvOperator):
             second_strides = strides_for((plain.batch, second, *plain.in_size), layout, wide)
         prologue = None
         if str(extra.get("prologue", "none")) != "none":
-            asked = (_scale_shift_relu, ((1,), (1,)), (torch.float32,) * 2, plain.dtype, self.rank)
-            assert prologue_order(*asked) == (0, 1)
             vector = (plain.in_channels,)
+            kinds = (torch.float32,) * 2
+            asked = (_scale_shift_relu, ((1,), (1,)), vector * 2, kinds, plain.dtype, self.rank)
+            assert prologue_order(*asked) == (0, 1)
             prologue = EpilogueSpec(
                 prologue_key(*asked),
                 capture_dtypes=(torch.float32,) * 2,

@@ -84,7 +84,8 @@ def convolve_fused(
                 name = f"captured tensor {index}"
                 raise bad_value(name, f"the input's device {x.device}", capture.device)
         operands = _operands(rank, bias, epilogue_args)
-    before, reads = "", []
+    before = ""
+    reads: list[Tensor] = []
     if prologue is not None:
         before, reads = bind_prologue(prologue, prologue_args, x, rank)
     if rank == 1:

@@ -11,6 +11,7 @@ that have gradients themselves: generated elementwise functions, and the product
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -94,7 +95,8 @@ def _problem(
 ) -> FusedProblem:
     x = inputs[0]
     bare = forward_problem(x, w, *geometry)
-    second, strides = 0, ()
+    second = 0
+    strides: tuple[int, ...] = ()
     if len(inputs) == 2:
         second, strides = inputs[1].shape[1], tuple(inputs[1].stride())
         bare = replace(bare, in_channels=x.shape[1] + second)
@@ -148,7 +150,7 @@ def _fused(
     if found is None:
         problem = _problem(*asked)
         found = (fused_runner(problem, x.device), problem.y_shape, problem.y_strides)
-        if found[0].asked.final:  # type: ignore[union-attr]
+        if found[0].asked.final:
             FORWARD[key] = found
     prepared, shape, strides = found
     assert prepared is not None
@@ -289,7 +291,8 @@ class _Fused(library.OpFunction):
         need_product = need_w or any(need_inputs) or any(need_reads)
         if grad_mean is not None or grad_var is not None:
             grad = _through_statistics(ctx, grad, y, mean, grad_mean, grad_var)
-        through, rest = grad, (None,) * (len(operands) + len(captures))
+        through = grad
+        rest: list[Tensor | None] = [None] * (len(operands) + len(captures))
         if ctx.function and grad is not None:
             through, *rest = pull_back(
                 _as_elements(program_of(ctx.function)),
@@ -374,10 +377,10 @@ def _product_gradients(
     if not any(wanted):
         return [grad_w, *[None] * (1 + len(reads))]
     behind = CONV_DGRAD(through, w, in_size, *geometry)
-    found = pull_back(
+    results = pull_back(
         _of_elements(program), x.shape, [x], reads, [behind], wanted, is_channels_last(x)
     )
-    return [grad_w, *found]
+    return [grad_w, *results]
 
 
 @functools.cache
@@ -398,7 +401,7 @@ def apply_elementwise(program: Program, x: Tensor, reads: Sequence[Tensor]) -> T
 def _parts(values: Sequence[Any], counts: tuple[int, int, int]) -> list[list[Any]]:
     """Inputs, what the prologue reads, the epilogue's operands and captures."""
     bounds = [0, counts[0], counts[0] + counts[1], sum(counts), len(values)]
-    return [list(values[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(values[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def _differentiable(
@@ -502,9 +505,7 @@ class _WgradTwo(library.OpFunction):
 
 def conv_two(first: Tensor, second: Tensor, w: Tensor, geometry: Sequence[Any]) -> Tensor:
     """conv([first, second], w)."""
-    result: Tensor = CONV_FUSED(
-        [first, second], w, [], "", [], [], "", False, False, *geometry
-    )[0]
+    result: Tensor = CONV_FUSED([first, second], w, [], "", [], [], "", False, False, *geometry)[0]
     return result
 
 

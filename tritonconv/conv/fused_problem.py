@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..runtime.operators import Field
-from .problem import ConvProblem, EpilogueSpec, _layout, _span, _WIDE_SPAN
+from .problem import _WIDE_SPAN, ConvProblem, EpilogueSpec, _layout, _span
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,20 @@ from ..codegen import Argument, Role, ScalarFunction, trace
 from ..codegen.program import Program
 from ..codegen.registry import program_of, register_program
 from ..runtime.errors import bad_type, bad_value
-from .epilogue import COORDINATES, check_arity, wanted_coordinates, operand_dtype
+from .epilogue import COORDINATES, check_arity, operand_dtype, wanted_coordinates
 
 Tensor = torch.Tensor
 Axes = tuple[int, ...]
 
 
 @functools.cache
-def _stand_in(index: int, axes: int, dtype: torch.dtype) -> Tensor:
-    """What the function captures in the place of an operand while it is traced."""
-    return torch.zeros((2,) * axes, dtype=dtype)
+def _stand_in(index: int, axes: int, size: int, dtype: torch.dtype) -> Tensor:
+    """What the function captures in the place of an operand while it is traced.
+
+    The generated code keeps to the size of a vector; that of others does not matter, nor that of a
+    vector if it is 0.
+    """
+    return torch.zeros((size,) if axes == 1 else (2,) * axes, dtype=dtype)
 
 
 def _call(
@@ -51,6 +55,7 @@ def _call(
 def _build(
     fn: Callable[..., Any],
     read: tuple[Axes, ...],
+    sizes: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     dtype: torch.dtype,
     rank: int,
@@ -62,8 +67,8 @@ def _build(
     check_arity(fn, 1 + len(read), asked, "prologue")
     names = COORDINATES[max(rank, 2)]
     operands = tuple(
-        _stand_in(index, len(axes), kind)
-        for index, (axes, kind) in enumerate(zip(read, dtypes, strict=True))
+        _stand_in(index, len(axes), size, kind)
+        for index, (axes, size, kind) in enumerate(zip(read, sizes, dtypes, strict=True))
     )
     arguments = [Argument("x", operand_dtype(dtype), Role.VALUE)]
     arguments += [Argument(name, torch.int32, Role.COORD) for name in names]
@@ -75,6 +80,7 @@ def _build(
 def prologue_key(
     fn: Callable[..., Any],
     read: tuple[Axes, ...],
+    sizes: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     dtype: torch.dtype,
     rank: int,
@@ -84,6 +90,7 @@ def prologue_key(
     Args:
         fn: the user's function ``fn(x, *operands, [n, c, d, h, w])``.
         read: for every operand the axes of the input on which it has several elements.
+        sizes: of the operands that are vectors; 0 for others, and where it is not known.
         dtypes: of the operands.
         dtype: of the input.
         rank: number of spatial axes.
@@ -92,19 +99,20 @@ def prologue_key(
         ArgumentTypeError: ``fn`` cannot be called.
         TritonConvError: ``fn`` cannot be traced; the error says why.
     """
-    return register_program(_build(fn, read, dtypes, dtype, rank)[0].program)
+    return register_program(_build(fn, read, sizes, dtypes, dtype, rank)[0].program)
 
 
 @torch.compiler.assume_constant_result
 def prologue_order(
     fn: Callable[..., Any],
     read: tuple[Axes, ...],
+    sizes: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     dtype: torch.dtype,
     rank: int,
 ) -> tuple[int, ...]:
     """For every tensor that the program reads: which operand, or −1 − k for the k-th captured."""
-    function, operands = _build(fn, read, dtypes, dtype, rank)
+    function, operands = _build(fn, read, sizes, dtypes, dtype, rank)
     order: list[int] = []
     captured = 0
     for tensor in function.captures:
@@ -120,12 +128,13 @@ def prologue_order(
 def prologue_captures(
     fn: Callable[..., Any],
     read: tuple[Axes, ...],
+    sizes: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     dtype: torch.dtype,
     rank: int,
 ) -> list[Tensor]:
     """Tensors of the function's own that it reads at computed indices."""
-    function, operands = _build(fn, read, dtypes, dtype, rank)
+    function, operands = _build(fn, read, sizes, dtypes, dtype, rank)
     return [t for t in function.captures if not any(t is stand_in for stand_in in operands)]
 
 
@@ -149,7 +158,10 @@ def bind_prologue(
         # A map of one axis is served as one of height one.
         read.append(tuple(axis + 1 if rank == 1 and axis == 2 else axis for axis in axes))
         operands.append(squeezed)
-    asked = (fn, tuple(read), tuple(t.dtype for t in operands), x.dtype, rank)
+    # Sizes may be symbolic where code is compiled.
+    known = not torch.compiler.is_compiling()
+    sizes = tuple([t.shape[0] if known and t.dim() == 1 else 0 for t in operands])
+    asked = (fn, tuple(read), sizes, tuple(t.dtype for t in operands), x.dtype, rank)
     key, order, captured = prologue_key(*asked), prologue_order(*asked), prologue_captures(*asked)
     for index, capture in enumerate(captured):
         if capture.device != x.device:
@@ -167,7 +179,8 @@ def _read(operand: Tensor, x: Tensor, name: str) -> tuple[Axes, Tensor]:
     shape = tuple(x.shape)
     if operand.dim() == 1:
         wanted = f"({shape[1]},), one number per channel, or a shape broadcastable to {shape}"
-        if operand.shape[0] not in (1, shape[1]):
+        have, want = operand.shape[0], shape[1]
+        if have != 1 and have != want:  # not `in`: a symbolic size has to be compared
             raise bad_value(name, wanted, tuple(operand.shape))
         return ((1,), operand) if operand.shape[0] != 1 else ((), operand.reshape(()))
     lead = len(shape) - operand.dim()

@@ -30,9 +30,7 @@ def _normalise(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (x - mean) * scale + shift
 
 
-def _activate(
-    activation: Scalar, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor
-) -> Any:
+def _activate(activation: Scalar, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Any:
     return activation((x - mean) * scale + shift)
 
 
@@ -125,7 +123,8 @@ class _ConvBatchNorm(torch.nn.Module):
             norm: a batch normalisation over its output channels.
             activation: scalar function applied behind.
         """
-        if not isinstance(conv, cls._conv.__bases__[1]):
+        kind: Any = cls._conv.__bases__[1]  # PyTorch's
+        if not isinstance(conv, kind):
             raise bad_type("conv", f"a {cls._conv.__name__}", type(conv).__name__)
         if not isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
             raise bad_type("norm", "a batch normalisation", type(norm).__name__)

@@ -76,7 +76,7 @@ class _FoldedConv(PlainConv):
 
     _fold: Fold
 
-    def forward(self, input: Tensor, *epilogue_args: Tensor) -> Tensor:
+    def forward(self, input: Tensor | tuple[Tensor, Tensor], *epilogue_args: Tensor) -> Tensor:
         """Convolve, normalise and activate in one kernel."""
         return super().forward(input, *self._fold.operands())
 

@@ -8,6 +8,7 @@ tile and channel. Rows are output pixels, columns output channels; the sum runs 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 
 from ...codegen.program import ScalarFunction
 from ...codegen.registry import program_of
+from ...runtime.compat import TRITON_VERSION, interpreting
 from ...runtime.device import DeviceFacts
 from ...runtime.operators import Algorithm
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
@@ -38,6 +40,7 @@ from .common import (
     spatial_strides,
     tap_offset,
     tap_position,
+    unsupported_dtype,
     unsupported_product,
     widen,
     widen_all,
@@ -461,6 +464,10 @@ def _merge_statistics_kernel(
     tl.store(out_var_ptr + c, tl.sum(total, axis=0) / pixels, mask=mask_c)
 
 
+# Triton 3.9 loads single elements through a pointer that was chosen from two; 3.6 whole rows.
+_ONE_LOOP = interpreting() or TRITON_VERSION < (3, 7)
+
+
 def fused_slots(problem: FusedProblem) -> dict[str, torch.dtype]:
     """The dtype of every slot of a problem, in slot order (inputs, outputs, extras)."""
     slots = slot_dtypes(problem)
@@ -484,17 +491,22 @@ class FusedInput(Algorithm):
 
     name: ClassVar[str] = "fused_input"
     config_type = TileConfig
-    sources = ("common", "footprints", "tiles")
+    sources = ("common", "tiles")
 
     def supports(self, problem: FusedProblem) -> str | None:
         """Forward products in a dtype of the generated kernels; two inputs have one group."""
         if problem.second_channels and problem.groups != 1:
             return "two inputs in groups"
-        return unsupported_product(problem)
+        return unsupported_dtype(problem) or unsupported_product(problem)
 
     def space(self, problem: FusedProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """Tiles, warps and stages."""
-        return tile_space(problem, device)
+        space = tile_space(problem, device)
+        default = space.default
+        if problem.prologue is not None and default.block_m * default.block_n == 128 * 64:
+            # The operand passes through registers, which a tile on four warps leaves too few of.
+            return replace(space, default=replace(default, num_warps=8))
+        return space
 
     def plan(self, problem: FusedProblem, config: TileConfig) -> LaunchPlan:
         """One launch, and one that merges the tiles' statistics."""
@@ -527,7 +539,7 @@ class FusedInput(Algorithm):
                 "CHANNELS": first,
                 "SECOND": problem.second_channels,
                 "CHECK_BOUNDS": needs_bounds(problem),
-                "ONE_LOOP": two and divides and alike,
+                "ONE_LOOP": two and divides and alike and _ONE_LOOP,
                 **_prologue_constexprs(problem),
                 "STATS": problem.stats,
                 "EPILOGUE": fused.function,
