@@ -227,9 +227,11 @@ def boxed_wgrad_kernel(
     c0 = tile_n % tiles_c * BLOCK_N
     tap0 = tile_n // tiles_c * TAPS
 
-    accs = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+    # Tuples of Triton grow by sums, and change their type by that.
+    zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    accs = (zeros,)
     for _ in tl.static_range(TAPS - 1):
-        accs = accs + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)  # noqa: RUF005 # no stars here
+        accs = accs + (zeros,)  # type: ignore[assignment]  # noqa: RUF005
     first = split * steps_per_split
     for step in range(first, tl.minimum(first + steps_per_split, steps)):
         for run in tl.static_range(RUNS):
@@ -253,8 +255,8 @@ def boxed_wgrad_kernel(
                     RUN,
                 )
                 acc = matmul_step(tl.trans(a), b, accs[index], PRECISION, UPCAST)
-                added = added + (acc,)  # noqa: RUF005
-            accs = added
+                added = added + (acc,)  # type: ignore[assignment]  # noqa: RUF005
+            accs = added  # type: ignore[assignment]
 
     o = m0 + tl.arange(0, BLOCK_M)
     c = c0 + tl.arange(0, BLOCK_N)
