@@ -51,8 +51,16 @@ class _BoundCall:
             else:
                 self.template.append(arg)
 
-    def arguments(self, values: Sequence[Any]) -> list[Any]:
-        """Run-time arguments in parameter order, slots replaced by ``values``."""
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """Run-time arguments in parameter order, as Triton's dispatcher takes them."""
+        args = self._filled(tensors)
+        for index, slot, boxes in self.box_slots:
+            base = _aligned(tensors[slot])
+            args[index] = tensor_descriptor(base, boxes.shape, boxes.strides, boxes.block)
+        return args
+
+    def _filled(self, values: Sequence[Any]) -> list[Any]:
+        """The arguments with ``values``, tensors or pointers, in all slots but descriptors."""
         args = self.template.copy()
         for index, slot in self.scalar_slots:
             args[index] = values[slot]
@@ -63,9 +71,6 @@ class _BoundCall:
     def dispatch(self, tensors: Sequence[torch.Tensor]) -> Any:
         """Launch through Triton's dispatcher and return the compiled kernel."""
         args = self.arguments(tensors)
-        for index, slot, boxes in self.box_slots:
-            base = _aligned(tensors[slot])
-            args[index] = tensor_descriptor(base, boxes.shape, boxes.strides, boxes.block)
         return self.kernel[self.grid](*args, **self.constexprs, **self.options)
 
     def fast(self, compiled: Any) -> Callable[[list[int], int], None] | None:
@@ -96,7 +101,7 @@ class _BoundCall:
             return launch_plain
 
         def launch(pointers: list[int], stream: int) -> None:
-            launcher(grid_x, grid_y, grid_z, stream, [*self.arguments(pointers), *tail])
+            launcher(grid_x, grid_y, grid_z, stream, [*self._filled(pointers), *tail])
 
         return launch
 
@@ -119,7 +124,7 @@ class _BoundCall:
         ]
 
         def launch(pointers: list[int], stream: int) -> None:
-            args = self.arguments(pointers)
+            args = self._filled(pointers)
             for index, slot, map_of in patched:
                 args[index] = map_of(pointers[slot])
             for index, values in sizes:

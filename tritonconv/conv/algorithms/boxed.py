@@ -31,6 +31,7 @@ class Boxed(Algorithm):
         "boxed_views",
         "common",
         "product_wgrad",
+        "split",
         "tiles",
     )
 

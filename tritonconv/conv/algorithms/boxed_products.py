@@ -26,6 +26,7 @@ from .boxed_views import (
     weight_boxes,
 )
 from .common import (
+    NO_EPILOGUE,
     TileConfig,
     epilogue_arguments,
     grouped_tile,
@@ -43,6 +44,36 @@ from .common import (
     widen_all,
 )
 from .product_wgrad import reduction_call
+from .split import finished, split_range
+
+
+@triton.jit
+def meeting(
+    place,
+    size,
+    KERNEL: tl.constexpr,
+    HOP: tl.constexpr,
+    FIRST: tl.constexpr,
+    BOX: tl.constexpr,
+):
+    """First tap along an axis for which a box meets the map, and their number.
+
+    Without padding, and with boxes wider than it, that is all of them, which constants say. There
+    is one at least, so that nothing is divided by zero: it reads zeros.
+    """
+    if (FIRST < BOX) and (-FIRST < BOX):
+        first = 0
+        count: tl.constexpr = KERNEL
+    else:
+        if HOP > 0:
+            first = tl.cdiv(tl.maximum(1 - BOX - place, 0), HOP)
+            last = tl.maximum(size - 1 - place, 0) // HOP
+        else:
+            first = tl.cdiv(tl.maximum(place - size + 1, 0), -HOP)
+            last = tl.maximum(place + BOX - 1, 0) // (-HOP)
+        first = tl.minimum(first, KERNEL - 1)
+        count = tl.maximum(tl.minimum(last, KERNEL - 1) - first + 1, 1)
+    return first, count
 
 
 @triton.jit
@@ -55,6 +86,7 @@ def boxed_product_kernel(
     extra_strides,
     images,
     size,
+    source_size,
     strides,
     map_size,
     DEPTH: tl.constexpr,
@@ -70,6 +102,7 @@ def boxed_product_kernel(
     FIRST_W: tl.constexpr,
     ADJOINT: tl.constexpr,
     MERGED: tl.constexpr,
+    SPLITS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -86,11 +119,13 @@ def boxed_product_kernel(
     """result[p, m] = Σ_{tap,k} source[p + first + tap·hop, k] · weight[tap, (m, k) or (k, m)].
 
     ``size`` holds planes, rows and columns, all axes merged where the filter allows, ``map_size``
-    those of the result. Columns are the rows of a tile and pixels its columns: a left operand that
-    is reshaped would pass registers, which Triton 3.6 overwrites while products still read them.
+    those of the result. Taps that leave the map for all of a box are left out. With SPLITS every
+    part of the sum goes to ``y_ptr[split, pixel, column]`` in float32.
+
+    Columns are the rows of a tile and pixels its columns: a left operand that is reshaped would
+    pass registers, which Triton 3.6 overwrites while products still read them.
     """
     BLOCK_M: tl.constexpr = BOX_N * BOX_D * BOX_H * BOX_W
-    TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     boxes = (tl.cdiv(size[0], BOX_D), tl.cdiv(size[1], BOX_H), tl.cdiv(size[2], BOX_W))
     tiles = tl.cdiv(images, BOX_N) * boxes[0] * boxes[1] * boxes[2]
     tile_m, tile_n = grouped_tile(tl.program_id(0), tiles, tl.cdiv(COLUMNS, BLOCK_N), GROUP_M)
@@ -101,11 +136,20 @@ def boxed_product_kernel(
     column0 *= BOX_W
     n0 = tile_n * BLOCK_N
 
+    t0, t_count = meeting(plane0 + FIRST_D, source_size[0], KERNEL_D, HOP_D, FIRST_D, BOX_D)
+    r0, r_count = meeting(row0 + FIRST_H, source_size[1], KERNEL_H, HOP_H, FIRST_H, BOX_H)
+    s0, s_count = meeting(column0 + FIRST_W, source_size[2], KERNEL_W, HOP_W, FIRST_W, BOX_W)
+    taps = t_count * r_count * s_count
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(0, TAPS * tl.cdiv(DEPTH, BLOCK_K)):
-        tap = step % TAPS
-        k = step // TAPS * BLOCK_K
-        t, r, s = tap_position(tap, KERNEL_D, KERNEL_H, KERNEL_W)
+    split = tl.program_id(1)
+    first, last = split_range(taps * tl.cdiv(DEPTH, BLOCK_K), split, SPLITS)
+    for step in range(first, last):
+        k = step // taps * BLOCK_K
+        tap = step % taps
+        s = s0 + tap % s_count
+        r = r0 + tap // s_count % r_count
+        t = t0 + tap // (s_count * r_count)
+        tap = (t * KERNEL_H + r) * KERNEL_W + s
         pixels = source.load(
             [
                 image0,
@@ -133,30 +177,35 @@ def boxed_product_kernel(
         mask = mask & (n < COLUMNS)
     if WIDE:
         strides = widen_all(strides)
-    offsets = image * strides[0] + plane * strides[2] + row * strides[3] + column * strides[4]
-    offsets += n
-    if MERGED:
-        flat = column
-        if WIDE:
-            flat = widen(flat)
-        flat += size[2] * (row + size[1] * (plane + size[0] * image))
-        image, plane, row, column = position(flat, map_size)
-    store_result(
-        acc,
-        y_ptr,
-        acc_ptr,
-        offsets,
-        image,
-        n,
-        plane,
-        row,
-        column,
-        mask,
-        extra_ptrs,
-        extra_strides,
-        EPILOGUE,
-        SAVE_ACC,
-    )
+        images = widen(images)
+    flat = column + size[2] * (row + size[1] * (plane + size[0] * image))
+    if WIDE:
+        flat = column + widen(size[2]) * (row + widen(size[1]) * (plane + widen(size[0]) * image))
+    if SPLITS > 1:
+        pixels_of_all = images * (size[0] * size[1] * size[2])
+        offsets = (split.to(tl.int64) * pixels_of_all + flat) * COLUMNS + n
+        tl.store(y_ptr + offsets, acc, mask=mask)
+    else:
+        offsets = image * strides[0] + plane * strides[2] + row * strides[3] + column * strides[4]
+        offsets += n
+        if MERGED:
+            image, plane, row, column = position(flat, map_size)
+        store_result(
+            acc,
+            y_ptr,
+            acc_ptr,
+            offsets,
+            image,
+            n,
+            plane,
+            row,
+            column,
+            mask,
+            extra_ptrs,
+            extra_strides,
+            EPILOGUE,
+            SAVE_ACC,
+        )
 
 
 @triton.jit
@@ -174,14 +223,26 @@ def load_run(tensor, image, plane, row, column, channel, RUN: tl.constexpr):
 
 
 @triton.jit
+def reached(shift, size, source_size, BOX: tl.constexpr, EXACT: tl.constexpr):
+    """First position along an axis and number of boxes from which a shift stays in the map."""
+    if EXACT and BOX == 1:
+        first = tl.maximum(-shift, 0)
+        count = tl.maximum(tl.minimum(size, source_size - shift) - first, 0)
+    else:
+        first = 0
+        count = tl.cdiv(size, BOX)
+    return first, count
+
+
+@triton.jit
 def boxed_wgrad_kernel(
     grad,
     source,
     out_ptr,
+    images,
     size,
+    source_size,
     w_strides,
-    steps_per_split,
-    steps,
     CHANNELS: tl.constexpr,
     FILTERS: tl.constexpr,
     KERNEL_D: tl.constexpr,
@@ -217,7 +278,6 @@ def boxed_wgrad_kernel(
     """
     RUNS: tl.constexpr = BLOCK_K // (BOX_N * BOX_D * BOX_H * BOX_W)
     ALL: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
-    counts = (tl.cdiv(size[0], BOX_D), tl.cdiv(size[1], BOX_H), tl.cdiv(size[2], BOX_W))
     tiles_c: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
     tile_m, tile_n = grouped_tile(
         tl.program_id(0), tl.cdiv(FILTERS, BLOCK_M), (ALL // TAPS) * tiles_c, GROUP_M
@@ -227,18 +287,32 @@ def boxed_wgrad_kernel(
     c0 = tile_n % tiles_c * BLOCK_N
     tap0 = tile_n // tiles_c * TAPS
 
-    accs = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+    # Taps of one program that agree on a shift need no more of an axis than where it stays inside.
+    t, r, s = tap_position(tap0, KERNEL_D, KERNEL_H, KERNEL_W)
+    d0, depth = reached(t * HOP_D + FIRST_D, size[0], source_size[0], BOX_D, TAPS <= KERNEL_W)
+    h0, height = reached(r * HOP_H + FIRST_H, size[1], source_size[1], BOX_H, TAPS <= KERNEL_W)
+    w0, width = reached(s * HOP_W + FIRST_W, size[2], source_size[2], BOX_W, TAPS == 1)
+    runs = tl.cdiv(images, BOX_N) * depth * height * width
+    # Nothing is divided by zero where a tap never meets the map.
+    counts = (tl.maximum(depth, 1), tl.maximum(height, 1), tl.maximum(width, 1))
+    steps = tl.cdiv(runs, RUNS)
+    each = tl.cdiv(steps, tl.num_programs(1))
+    first = split * each
+    last = tl.minimum(first + each, steps)
+
+    # Tuples of Triton grow by sums, and change their type by that.
+    zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    accs = (zeros,)
     for _ in tl.static_range(TAPS - 1):
-        accs = accs + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)  # noqa: RUF005 # no stars here
-    first = split * steps_per_split
-    for step in range(first, tl.minimum(first + steps_per_split, steps)):
+        accs = accs + (zeros,)  # type: ignore[assignment]  # noqa: RUF005
+    for step in range(first, last):
         for run in tl.static_range(RUNS):
             # A run behind the last one lies behind the last image: zeros.
             image, plane, row, column = position(step * RUNS + run, counts)
             image *= BOX_N
-            plane *= BOX_D
-            row *= BOX_H
-            column *= BOX_W
+            plane = d0 + plane * BOX_D
+            row = h0 + row * BOX_H
+            column = w0 + column * BOX_W
             a = load_run(grad, image, plane, row, column, m0, RUN)
             added = ()
             for index in tl.static_range(TAPS):
@@ -253,8 +327,8 @@ def boxed_wgrad_kernel(
                     RUN,
                 )
                 acc = matmul_step(tl.trans(a), b, accs[index], PRECISION, UPCAST)
-                added = added + (acc,)  # noqa: RUF005
-            accs = added
+                added = added + (acc,)  # type: ignore[assignment]  # noqa: RUF005
+            accs = added  # type: ignore[assignment]
 
     o = m0 + tl.arange(0, BLOCK_M)
     c = c0 + tl.arange(0, BLOCK_N)
@@ -328,10 +402,12 @@ def product_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
     box = shape_of(problem, config.block_m, config.box)
     first, _, out = slot_names(problem.direction)
     block = (config.block_k, config.block_n) if adjoint else (config.block_n, config.block_k)
-    fused = epilogue_arguments(problem)
+    splits = product_splits(problem, config)
+    fused = epilogue_arguments(problem) if splits == 1 else NO_EPILOGUE
+    out = out if splits == 1 else "partial"
     call = KernelCall(
         boxed_product_kernel,
-        (box_count(size, box) * triton.cdiv(columns, config.block_n), 1, 1),
+        (box_count(size, box) * triton.cdiv(columns, config.block_n), splits, 1),
         (
             pixel_boxes(first, source_size, source_strides, depth, box, config.block_k),
             weight_boxes(problem, *block),
@@ -341,6 +417,7 @@ def product_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
             fused.strides,
             size[0],
             size[1:],
+            source_size[1:],
             (strides[0], 1, *strides[1:]),
             lifted(problem.in_size if adjoint else problem.out_size, 1),
         ),
@@ -350,6 +427,7 @@ def product_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
             **_geometry(problem),
             "ADJOINT": adjoint,
             "MERGED": axes.merged,
+            "SPLITS": splits,
             "EPILOGUE": fused.function,
             "SAVE_ACC": fused.save_acc,
             **precision_constexprs(problem),
@@ -361,7 +439,14 @@ def product_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
         config.num_warps,
         config.num_stages,
     )
-    return LaunchPlan((call,), slot_dtypes(problem))
+    return finished(problem, call, splits)
+
+
+def product_splits(problem: ConvProblem, config: TileConfig) -> int:
+    """Parts of the sum of a product over pixels: no more than it has steps."""
+    forward = problem.direction is Direction.FORWARD
+    depth = problem.in_channels if forward else problem.out_channels
+    return max(1, min(config.split_k, problem.taps * triton.cdiv(depth, config.block_k)))
 
 
 def wgrad_steps(problem: ConvProblem, config: TileConfig, index: int) -> tuple[int, int, int]:
@@ -378,7 +463,7 @@ def wgrad_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
     axes = axes_of(problem)
     run = run_shape(axes.out_size, config.block_k, config.box)
     axis = run.index(max(run)) if max(run) > 1 else 3
-    steps, per_split, splits = wgrad_steps(problem, config, config.box)
+    _, _, splits = wgrad_steps(problem, config, config.box)
     tiles = triton.cdiv(problem.out_channels, config.block_m)
     tiles *= triton.cdiv(problem.in_channels, config.block_n) * (problem.taps // config.taps)
     partial = splits > 1
@@ -398,10 +483,10 @@ def wgrad_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
                 axis,
             ),
             Slot("partial" if partial else "grad_weight"),
+            axes.out_size[0],
             axes.out_size[1:],
+            axes.in_size[1:],
             spatial_strides(problem.w_strides),
-            per_split,
-            steps,
         ),
         {
             "CHANNELS": channels,

@@ -21,10 +21,10 @@ from ...runtime.space import (
     PowerOfTwo,
 )
 from ..problem import ConvProblem, Direction
-from .boxed_products import box_count, shape_of, wgrad_steps
+from .boxed_products import box_count, product_splits, shape_of, wgrad_steps
 from .boxed_views import Four, axes_of, box_shapes, run_shapes
 from .common import TileConfig
-from .tiles import around, power_of_two
+from .tiles import around, power_of_two, product_split
 
 _MOST_TAPS = 9
 """Taps whose accumulators one program may hold."""
@@ -105,6 +105,13 @@ def boxed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BoxedC
             lambda block_m, block_n: block_m <= 4 * block_n or block_n >= columns,
         ),
     ]
+
+    @functools.cache
+    def splits(block_m: int, block_n: int, block_k: int) -> tuple[int, ...]:
+        slots = device.sm_count * (2 if block_m * block_n <= 128 * 128 else 1)
+        best = product_split(problem, block_m, block_n, block_k, slots)
+        return (1, best) if best > 1 else (1,)
+
     parameters: tuple[Parameter, ...] = (
         Int("num_stages", 3, 4),
         PowerOfTwo("num_warps", 4, 8),
@@ -112,7 +119,7 @@ def boxed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BoxedC
         PowerOfTwo("block_n", 64, power_of_two(columns, 64, 256)),
         PowerOfTwo("block_k", min(32, power_of_two(depth, 16, 128)), power_of_two(depth, 16, 128)),
         Choice("group_m", (8,)),
-        Choice("split_k", (1,)),
+        Derived("split_k", splits),
         Derived("box", lambda block_m: tuple(range(len(box_shapes(size, kernel, block_m))))),
         Choice("taps", (1,)),
     )
@@ -258,9 +265,13 @@ def boxed_footprint(problem: ConvProblem, config: BoxedConfig, device: DeviceFac
         area = pixel_map(problem)
         programs = box_count(area, shape_of(problem, m, config.box)) * triton.cdiv(width, n)
         steps = problem.taps * triton.cdiv(depth, k)
-        shared = max((m + n) * k * size * (stages if steps > 1 else 1), m * n * size)
-        columns, all_steps, launches = n, programs * steps, 1
-        stored = math.prod(problem.result_shape) * size
+        splits = product_splits(problem, config)
+        partial = splits > 1
+        shared = (m + n) * k * size * (stages if steps > 1 else 1)
+        shared = max(shared, m * n * (4 if partial else size))
+        columns, all_steps, launches = n, programs * steps, 2 if partial else 1
+        programs, steps = programs * splits, triton.cdiv(steps, splits)
+        stored = math.prod(problem.result_shape) * (8 * splits + size if partial else size)
         rows = (k * size, (k if forward else n) * size)
     return Footprint(
         programs=programs,
