@@ -224,7 +224,8 @@ def banded_footprint(problem: ConvProblem, config: BandedConfig, device: DeviceF
         accumulators=held // threads,
         bytes_loaded=all_steps * step_bytes,
         bytes_stored=stored,
-        flops=2 * all_steps * units * k * n,
+        # Units of the input are fewer than the pixels of a padded output, which problems count.
+        flops=max(2 * all_steps * units * k * n, problem.flops()),
         steps=steps,
         in_flight=config.num_stages - 1,
         launches=2,
