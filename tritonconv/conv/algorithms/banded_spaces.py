@@ -189,7 +189,9 @@ def banded_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Bande
             Constraint(
                 "steps",
                 "steps of this depth would pad the window",
-                lambda run_d, run_h, run_w, block_k: block_k in blocks[run_d, run_h, run_w],
+                lambda run_d, run_h, run_w, block_k: (
+                    block_k in blocks.get((run_d, run_h, run_w), ())
+                ),
             ),
             Constraint("warps", "too many accumulators for a thread, or too few", warps),
         ),
