@@ -205,14 +205,14 @@ def banded_footprint(problem: ConvProblem, config: BandedConfig, device: DeviceF
     units, k, n = config.units, config.block_k, window.block_n
     tiles = math.prod(grid_of(problem, config)) * problem.batch
     threads = config.num_warps * (64 if device.arch.startswith("gfx") else 32)
-    grouped = device.arch == "sm_90"
+    grouped = device.arch in ("sm_90", "sm_100")
     size = problem.dtype.itemsize
     if problem.direction is Direction.WGRAD:
         columns = -(-window.lines * window.line // k)
         each, splits = split_tiles(problem, config)
         programs, steps, all_steps = columns * splits, each, columns * tiles
         stored = 8 * splits * n * columns * k
-        step_bytes, held, scratch = units * (n + k) * size, n * k, n * k * 4
+        step_bytes, held, scratch = units * (n + k) * size, n * k, n * k * 4 if grouped else 0
     else:
         steps = window.lines * window.chunks(k)
         programs, all_steps = tiles, tiles * steps
