@@ -81,7 +81,7 @@ def test_default(case: str, direction: Direction, device: torch.device) -> None:
     run_problem(problem_of(CASES[case], direction), "banded", device)
 
 
-@pytest.mark.parametrize("run", [(1, 1, 1), (2, 1, 3), (2, 4, 2)])
+@pytest.mark.parametrize("run", [(1, 1, 1), (2, 1, 3), (1, 2, 2)])
 @pytest.mark.parametrize("direction", Direction)
 @pytest.mark.parametrize("case", ["3x3", "dilated", "3-D, an axis each"])
 def test_boxes(

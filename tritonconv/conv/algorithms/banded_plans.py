@@ -38,9 +38,9 @@ def product_plan(problem: ConvProblem, config: BandedConfig) -> LaunchPlan:
     elements = window.lines * depth * window.block_n
     spread = KernelCall(
         banded_products.band_weight_kernel,
-        (triton.cdiv(elements, 512), 1, 1),
+        (triton.cdiv(elements, 1024), 1, 1),
         (Slot("weight"), Slot("band"), elements, spatial_strides(problem.w_strides)),
-        {**_weight_constexprs(problem, config), "DEPTH": depth, "BLOCK": 512},
+        {**_weight_constexprs(problem, config), "DEPTH": depth, "BLOCK": 1024},
     )
     epilogue = epilogue_arguments(problem)
     product = KernelCall(

@@ -189,7 +189,9 @@ def banded_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Bande
             Constraint(
                 "steps",
                 "steps of this depth would pad the window",
-                lambda run_d, run_h, run_w, block_k: block_k in blocks[run_d, run_h, run_w],
+                lambda run_d, run_h, run_w, block_k: (
+                    block_k in blocks.get((run_d, run_h, run_w), ())
+                ),
             ),
             Constraint("warps", "too many accumulators for a thread, or too few", warps),
         ),
@@ -203,14 +205,14 @@ def banded_footprint(problem: ConvProblem, config: BandedConfig, device: DeviceF
     units, k, n = config.units, config.block_k, window.block_n
     tiles = math.prod(grid_of(problem, config)) * problem.batch
     threads = config.num_warps * (64 if device.arch.startswith("gfx") else 32)
-    grouped = device.arch == "sm_90"
+    grouped = device.arch in ("sm_90", "sm_100")
     size = problem.dtype.itemsize
     if problem.direction is Direction.WGRAD:
         columns = -(-window.lines * window.line // k)
         each, splits = split_tiles(problem, config)
         programs, steps, all_steps = columns * splits, each, columns * tiles
         stored = 8 * splits * n * columns * k
-        step_bytes, held, scratch = units * (n + k) * size, n * k, n * k * 4
+        step_bytes, held, scratch = units * (n + k) * size, n * k, n * k * 4 if grouped else 0
     else:
         steps = window.lines * window.chunks(k)
         programs, all_steps = tiles, tiles * steps
@@ -224,7 +226,8 @@ def banded_footprint(problem: ConvProblem, config: BandedConfig, device: DeviceF
         accumulators=held // threads,
         bytes_loaded=all_steps * step_bytes,
         bytes_stored=stored,
-        flops=2 * all_steps * units * k * n,
+        # Units of the input are fewer than the pixels of a padded output, which problems count.
+        flops=max(2 * all_steps * units * k * n, problem.flops()),
         steps=steps,
         in_flight=config.num_stages - 1,
         launches=2,
