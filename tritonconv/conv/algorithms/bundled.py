@@ -121,8 +121,9 @@ class BundledConfig(TileConfig):
 
     Attributes:
         bundle: groups of a bundle.
-        direct: the channels of a bundle are one step and pixels pass through the L1 cache (1), the
-            same without that cache (2), or the general product (0).
+        direct: the channels of a bundle are one step of the product, read through registers and
+            the L1 cache one tap ahead (1) or not (2), or by asynchronous copies (3); or the
+            general product (0).
     """
 
     bundle: int = 1
@@ -230,31 +231,31 @@ class Bundled(Algorithm):
 def _direct_configs(
     problem: ConvProblem, counts: tuple[int, ...], default: int
 ) -> list[BundledConfig]:
-    """Bundles of about 32 channels first; one stage reads by registers, all by the L1 cache."""
+    """Bundles of about 32 channels first."""
     kept = [n for n in (default, *counts) if direct(problem, n)]
     tiles = (
-        (128, 4, 3),
-        (128, 4, 1),
-        (256, 8, 3),
-        (256, 8, 1),
-        (64, 4, 3),
-        (64, 4, 1),
-        (256, 4, 2),
+        (1, 64, 4, 1),
+        (1, 128, 4, 1),
+        (2, 64, 4, 1),
+        (2, 128, 4, 1),
+        (3, 128, 4, 3),
+        (1, 128, 8, 1),
+        (1, 256, 8, 1),
+        (3, 64, 4, 4),
+        (3, 256, 8, 3),
     )
-    if problem.dtype.itemsize == 4:
-        tiles = tuple(tile for tile in tiles if tile[0] < 256)
     pixels = problem.in_pixels if problem.direction is Direction.DGRAD else problem.out_pixels
+    most = 128 if problem.dtype.itemsize == 4 else 256
     found = []
-    for bundle, (block_m, warps, stages) in itertools.product(dict.fromkeys(kept), tiles):
+    for bundle, (how, block_m, warps, stages) in itertools.product(dict.fromkeys(kept), tiles):
         depth, columns = bundle * problem.channels_per_group, bundle * problem.filters_per_group
         if problem.direction is Direction.DGRAD:
             depth, columns = columns, depth
-        if block_m > 64 and pixels <= 64 * block_m:
+        if block_m > most or (block_m > 64 and pixels <= 64 * block_m):
             continue
-        for cache in (1, 2) if (block_m, stages) == (128, 3) else (1,):
-            found.append(
-                BundledConfig(block_m, columns, depth, warps, stages, bundle=bundle, direct=cache)
-            )
+        found.append(
+            BundledConfig(block_m, columns, depth, warps, stages, bundle=bundle, direct=how)
+        )
     return found
 
 
