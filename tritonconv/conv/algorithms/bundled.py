@@ -177,7 +177,10 @@ class Bundled(Algorithm):
             BundledConfig(**inner.default.as_dict(), bundle=default),
         )
         first = _direct_configs(problem, counts, default)
-        return ConfigSpace.listed([*first, *general.configs]) if first else general
+        # The general product, which was measured, is among the first that are tried.
+        early, late = first[:4], first[4:]
+        listed = [*early, general.default, *late, *general.configs]
+        return ConfigSpace.listed(listed) if first else general
 
     def plan(self, problem: ConvProblem, config: BundledConfig) -> LaunchPlan:
         """The weight spread out and the product; or the product and its diagonal blocks added."""
