@@ -18,6 +18,8 @@ ALGORITHM = Bundled()
 GROUPS = {
     "8 of 4 by 8": {"N": 2, "C": 32, "M": 64, "H": 6, "K": 3, "P": 1, "G": 8},
     "6 of 4, strided": {"N": 1, "C": 24, "M": 24, "H": 7, "K": 3, "S": 2, "P": 1, "G": 6},
+    "8 of 2, dilated": {"N": 2, "C": 16, "M": 16, "H": 7, "K": 3, "P": 1, "dilation": 2, "G": 8},
+    "4 of 8, 4x2, strided": {"N": 1, "C": 32, "M": 32, "H": 8, "K": "4x2", "S": 2, "P": 1, "G": 4},
     "12 of 2, dilated": {"N": 1, "C": 24, "M": 36, "H": 6, "K": 2, "dilation": 2, "G": 12},
 }
 
@@ -51,3 +53,17 @@ def test_a_bundle_divides_the_groups_and_fills_a_matrix_instruction() -> None:
 def test_fused(direction: Direction, device: torch.device) -> None:
     fused = "fused" if direction is Direction.FORWARD else "transposed"
     run_and_check({**GROUPS["8 of 4 by 8"], "epilogue": fused}, direction, "bundled", device)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("direction", [Direction.FORWARD, Direction.DGRAD])
+@pytest.mark.parametrize("case", ["8 of 4 by 8", "8 of 2, dilated", "4 of 8, 4x2, strided"])
+def test_channels_of_a_bundle_in_one_step(
+    case: str, direction: Direction, layout: str, device: torch.device
+) -> None:
+    configs = [c for c in ALGORITHM.space(problem_of(case, direction), device_facts()) if c.direct]
+    strided = "strided" in case and direction is Direction.DGRAD
+    assert bool(configs) != strided
+    for config in configs[:: max(1, len(configs) // 2)]:
+        fields = {**GROUPS[case], "layout": layout}
+        run_and_check(fields, direction, "bundled", device, replace(config, block_m=32))

@@ -12,7 +12,7 @@ import torch
 from tritonconv.conv.algorithms import ALGORITHMS
 from tritonconv.conv.algorithms.common import slot_dtypes
 from tritonconv.conv.algorithms.single_channel import SingleChannel
-from tritonconv.conv.algorithms.single_geometry import FMA, MMA, RUNS, SingleConfig
+from tritonconv.conv.algorithms.single_geometry import FLAT, FMA, MMA, RUNS, SingleConfig
 from tritonconv.conv.dispatch import ConvOperator
 from tritonconv.conv.problem import ConvProblem, Direction
 from tritonconv.runtime.accuracy import check
@@ -218,3 +218,29 @@ def test_footprints_know_the_grid_and_spaces_their_default(case: str, direction:
 def test_it_comes_before_the_other_kernels_for_few_channels() -> None:
     names = [algorithm.name for algorithm in ALGORITHMS]
     assert names.index("single_channel") < names.index("few_channel")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "case", ["1x1", "3x3", "3x3, many filters", "three channels", "stem", "dilation 2x3"]
+)
+def test_consecutive_pixels(case: str, layout: str, device: torch.device) -> None:
+    operator, problem = problem_of(case, Direction.FORWARD, layout=layout)
+    for block_m, block_w in ((4, 16), (16, 64)):
+        run_and_check(operator, problem, device, SingleConfig(FLAT, 1, block_w, block_m, 4, 1))
+
+
+def test_maps_of_no_whole_tiles_are_counted_on() -> None:
+    fields = {"N": 1, "C": 1, "M": 512, "K": 3, "P": 1}
+    operator = ConvOperator(Direction.FORWARD, 2)
+    for size, engine in ((28, FLAT), (56, FLAT), (112, FMA), (14, FMA)):
+        space = ALGORITHM.space(operator.parse({**fields, "H": size}), device_facts())
+        assert space.default.engine == engine
+        assert {config.engine for config in space} >= {FMA, FLAT}
+
+
+@pytest.mark.parametrize("epilogue", ["fused", "fused+acc"])
+def test_consecutive_pixels_with_an_epilogue(epilogue: str, device: torch.device) -> None:
+    operator, problem = problem_of("3x3", Direction.FORWARD, epilogue=epilogue)
+    outputs = run_and_check(operator, problem, device, SingleConfig(FLAT, 1, 32, 8, 4, 1))
+    assert set(outputs) == ({"output", "acc"} if "acc" in epilogue else {"output"})

@@ -11,6 +11,7 @@ NaN they reach the other groups of their bundle, as zero times them is NaN.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from ...runtime.operators import Algorithm
 from ...runtime.plan import Arg, KernelCall, LaunchPlan, Slot, Workspace
 from ...runtime.space import Choice, ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction, dense_strides
+from .bundled_direct import direct, direct_plan
 from .common import TileConfig, spatial_strides, unsupported_product, widen_all
 from .footprints import product_footprint
 from .implicit_gemm import PRODUCT_SOURCES, plan_of
@@ -115,9 +117,17 @@ def diagonal_sum_kernel(
 
 @dataclass(frozen=True)
 class BundledConfig(TileConfig):
-    """Tile of the bundle's product and the number of groups in a bundle."""
+    """Tile of the bundle's product and the number of groups in a bundle.
+
+    Attributes:
+        bundle: groups of a bundle.
+        direct: the channels of a bundle are one step of the product, read through registers and
+            the L1 cache one tap ahead (1) or not (2), or by asynchronous copies (3); or the
+            general product (0).
+    """
 
     bundle: int = 1
+    direct: int = 0
 
 
 def bundles(problem: ConvProblem) -> tuple[int, ...]:
@@ -142,7 +152,7 @@ class Bundled(Algorithm):
 
     name: ClassVar[str] = "bundled"
     config_type = BundledConfig
-    sources = PRODUCT_SOURCES
+    sources = (*PRODUCT_SOURCES, "bundled_direct")
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Several narrow groups of several channels, in a number that can be bundled."""
@@ -160,15 +170,29 @@ class Bundled(Algorithm):
         least = min(problem.channels_per_group, problem.filters_per_group)
         default = next((n for n in counts if n * least >= 32), counts[-1])
         inner = tile_space(bundled_problem(problem, default), device)
-        return ConfigSpace(
+        general = ConfigSpace(
             BundledConfig,
-            (*inner.parameters, Choice("bundle", counts, ordered=True)),
+            (*inner.parameters, Choice("bundle", counts, ordered=True), Choice("direct", (0,))),
             inner.constraints,
             BundledConfig(**inner.default.as_dict(), bundle=default),
         )
+        first = _direct_configs(problem, counts, default)
+        # The general product, which was measured, is among the first that are tried.
+        early, late = first[:4], first[4:]
+        listed = [*early, general.default, *late, *general.configs]
+        return ConfigSpace.listed(listed) if first else general
 
     def plan(self, problem: ConvProblem, config: BundledConfig) -> LaunchPlan:
         """The weight spread out and the product; or the product and its diagonal blocks added."""
+        if config.direct:
+            return direct_plan(
+                problem,
+                config.bundle,
+                config.block_m,
+                config.num_warps,
+                config.num_stages,
+                config.direct == 1,
+            )
         wider = bundled_problem(problem, config.bundle)
         product = plan_of(wider, config)
         if problem.direction is Direction.WGRAD:
@@ -205,6 +229,37 @@ class Bundled(Algorithm):
         if problem.direction is Direction.WGRAD:
             return dataclasses.replace(found, launches=2)
         return dataclasses.replace(found, launches=found.launches + 1)
+
+
+def _direct_configs(
+    problem: ConvProblem, counts: tuple[int, ...], default: int
+) -> list[BundledConfig]:
+    """Bundles of about 32 channels first."""
+    kept = [n for n in (default, *counts) if direct(problem, n)]
+    tiles = (
+        (1, 64, 4, 1),
+        (1, 128, 4, 1),
+        (2, 64, 4, 1),
+        (2, 128, 4, 1),
+        (3, 128, 4, 3),
+        (1, 128, 8, 1),
+        (1, 256, 8, 1),
+        (3, 64, 4, 4),
+        (3, 256, 8, 3),
+    )
+    pixels = problem.in_pixels if problem.direction is Direction.DGRAD else problem.out_pixels
+    most = 128 if problem.dtype.itemsize == 4 else 256
+    found = []
+    for bundle, (how, block_m, warps, stages) in itertools.product(dict.fromkeys(kept), tiles):
+        depth, columns = bundle * problem.channels_per_group, bundle * problem.filters_per_group
+        if problem.direction is Direction.DGRAD:
+            depth, columns = columns, depth
+        if block_m > most or (block_m > 64 and pixels <= 64 * block_m):
+            continue
+        found.append(
+            BundledConfig(block_m, columns, depth, warps, stages, bundle=bundle, direct=how)
+        )
+    return found
 
 
 def _block_constexprs(problem: ConvProblem, bundle: int) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class SingleChannel(Algorithm):
     config_type = SingleConfig
     sources = (
         "common",
+        "single_flat",
         "single_forward",
         "single_geometry",
         "single_gradients",

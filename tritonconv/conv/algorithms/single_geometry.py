@@ -15,9 +15,9 @@ from .common import lifted
 from .footprints import cdiv
 from .tiles import power_of_two
 
-FMA, MMA, RUNS = 0, 1, 2
+FMA, MMA, RUNS, FLAT = 0, 1, 2, 3
 """Engines: multiply-adds of scalars; matrix instructions over the flattened window, or over runs of
-the input's rows (forward and weight)."""
+the input's rows (forward and weight); multiply-adds for consecutive pixels of a map (forward)."""
 
 SHARED_ELEMENTS = 16384
 """Products of output pixels with taps that a program of the input's gradient holds."""
@@ -28,9 +28,9 @@ class SingleConfig(Config):
     """Rows × columns × filters of a tile, and how its products are formed.
 
     Attributes:
-        engine: :data:`FMA`, :data:`MMA` or :data:`RUNS`.
-        block_h, block_w: pixels of the tile; for the gradient of the input, of the output region
-            that a program multiplies, halo included.
+        engine: :data:`FMA`, :data:`MMA`, :data:`RUNS` or :data:`FLAT`.
+        block_h, block_w: pixels of the tile, in one row for consecutive ones; for the gradient of
+            the input, of the output region that a program multiplies, halo included.
         block_m: filters of the tile; for the gradient of the input, of one step of the reduction.
         split: parts of the pixels, for the gradient of the weight.
         span: neighbouring output pixels that share a run, for runs.
@@ -123,7 +123,17 @@ def reaches_of(problem: ConvProblem) -> tuple[Reach, Reach]:
 def tiles_of(problem: ConvProblem, config: SingleConfig) -> int:
     """Tiles of the output's pixels; none of them spans two planes."""
     depth, height, width = lifted(problem.out_size, 1)
+    if config.engine == FLAT:
+        return problem.batch * cdiv(height * width, config.block_w)
     return problem.batch * depth * cdiv(height, config.block_h) * cdiv(width, config.block_w)
+
+
+def counts_on(problem: ConvProblem) -> bool:
+    """Whether the output's pixels of one plane lie one after the other, and there is one plane."""
+    depth, height, width = lifted(problem.out_size, 1)
+    if depth > 1 or height == 1 or lifted(problem.kernel, 1)[0] > 1:
+        return False
+    return problem.y_strides[-2] == width * problem.y_strides[-1] and problem.x_strides[-1] > 0
 
 
 def split_tiles(problem: ConvProblem, config: SingleConfig) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import triton
 
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from ..problem import ConvProblem
-from . import single_forward, single_gradients, single_run_gradients, single_runs
+from . import single_flat, single_forward, single_gradients, single_run_gradients, single_runs
 from .common import (
     epilogue_arguments,
     lifted,
@@ -20,6 +20,8 @@ from .common import (
 )
 from .footprints import cdiv
 from .single_geometry import (
+    FLAT,
+    FMA,
     MMA,
     RUNS,
     Runs,
@@ -72,7 +74,11 @@ def forward_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
     }
     if config.engine == RUNS:
         return _run_plan(problem, config, constexprs)
-    kernel = single_forward.single_forward_fma_kernel
+    if config.engine == FLAT:
+        constexprs = _flat_constexprs(problem, constexprs)
+    kernel = single_flat.single_forward_flat_kernel
+    if config.engine == FMA:
+        kernel = single_forward.single_forward_fma_kernel
     if config.engine == MMA:
         kernel = single_forward.single_forward_mma_kernel
         constexprs.update(precision_constexprs(problem))
@@ -94,6 +100,16 @@ def forward_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
         config.num_stages,
     )
     return LaunchPlan((call,), slot_dtypes(problem))
+
+
+def _flat_constexprs(problem: ConvProblem, constexprs: dict[str, Any]) -> dict[str, Any]:
+    """Without depth and overhang, with the size of the map, so that bounds are constants."""
+    _, height, width = lifted(problem.out_size, 1)
+    dropped = ("BLOCK_H", "OVERHANG")
+    kept = {k: v for k, v in constexprs.items() if not k.endswith("_D") and k not in dropped}
+    checks = _checks(problem, 1, 1)
+    kept.update(CHECK_H=checks["CHECK_H"], CHECK_W=checks["CHECK_W"])
+    return {**kept, "WIDTH": width, "PIXELS": height * width}
 
 
 def _run_constexprs(problem: ConvProblem, config: SingleConfig, runs: Runs) -> dict[str, Any]:

@@ -22,11 +22,13 @@ from ..problem import ConvProblem, Direction
 from .common import lifted
 from .footprints import cdiv
 from .single_geometry import (
+    FLAT,
     FMA,
     MMA,
     RUNS,
     SHARED_ELEMENTS,
     SingleConfig,
+    counts_on,
     dgrad_blocks,
     dgrad_tile,
     is_scalar,
@@ -83,6 +85,9 @@ def forward_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Sing
         engines.append(MMA)
     if depth <= _MOST_SCALAR_TAPS:
         engines.append(FMA)
+        if counts_on(problem):
+            engines.append(FLAT)
+            most_w = max(most_w, min(128, triton.next_power_of_2(height * width)))
 
     @functools.cache
     def run_tile(block_m: int, span: int) -> bool:
@@ -107,13 +112,21 @@ def forward_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Sing
             Constraint(
                 "width",
                 "tiles would cover a third more than the map",
-                lambda block_w: not _wasteful(width, block_w),
+                lambda engine, block_w: engine == FLAT or not _wasteful(width, block_w),
+            ),
+            Constraint(
+                "consecutive pixels",
+                "are one row of a tile",
+                lambda engine, block_h, block_w: (
+                    engine != FLAT or (block_h == 1 and block_w <= 128)
+                ),
             ),
             Constraint(
                 "lanes",
                 "operands with an element for every thread are rearranged through shared memory",
                 lambda engine, num_warps, block_m, block_w: (
-                    engine != FMA or (block_m < 32 * num_warps and block_w < 32 * num_warps)
+                    engine not in (FMA, FLAT)
+                    or (block_m < 32 * num_warps and block_w < 32 * num_warps)
                 ),
             ),
             Constraint(
@@ -211,6 +224,11 @@ def _forward_default(problem: ConvProblem, device: DeviceFacts) -> SingleConfig:
         block_m //= 2
     while engine == MMA and block_h * block_w < 32:
         block_h *= 2
+    rows_fit = width % 16 == 0 or width < 16 or width > 128
+    if engine == FMA and window <= 32 and counts_on(problem) and not rows_fit:
+        # Half as many lanes again, and stores of single elements: count the pixels on.
+        block_m = power_of_two(problem.out_channels, 4, 16)
+        return SingleConfig(FLAT, 1, 64, block_m, 4 if block_m >= 8 else 2, 1)
     tile = block_m * block_w * block_h
     return SingleConfig(engine, block_h, block_w, block_m, 4 if tile >= 512 else 2, 1)
 
@@ -423,7 +441,7 @@ def single_footprint(problem: ConvProblem, config: SingleConfig, device: DeviceF
     """Of the kernel that reads or writes the large tensor."""
     size = problem.dtype.itemsize
     threads = config.num_warps * (64 if device.arch.startswith("gfx") else 32)
-    matrix = config.engine != FMA and not is_scalar(problem)
+    matrix = config.engine not in (FMA, FLAT) and not is_scalar(problem)
     depth = problem.taps * problem.in_channels
     pixels = config.block_h * config.block_w
     x_bytes = math.prod(problem.x_shape) * size
