@@ -12,14 +12,16 @@ from .grouped import Grouped
 from .patchify import Patchify
 from .pointwise import Pointwise
 from .single_channel import SingleChannel
+from .walked import Walked
 
 ALGORITHMS: tuple[Algorithm, ...] = (
-    Pointwise(),
     Patchify(),
     SingleChannel(),
     FewChannel(),
     Depthwise(),
     Bundled(),
+    Walked(),
+    Pointwise(),
     Grouped(),
     Dense(),
     Aten(),

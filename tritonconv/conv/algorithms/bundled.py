@@ -3,9 +3,12 @@
 A group of eight channels fills half of the depth, and of the columns, of a matrix instruction, and
 reads 16 bytes of a pixel at a time. A bundle of four such groups is a product of 32 channels by 32
 filters whose weight is zero between groups: four times the multiply-adds, of which there are few,
-for whole tiles and whole sectors of memory. A small kernel spreads the weight first; for the
-gradient of the weight another one keeps the diagonal blocks. Where the input holds infinities or
-NaN they reach the other groups of their bundle, as zero times them is NaN.
+for whole tiles and whole sectors of memory. A small kernel spreads the weight first.
+
+The gradient of the weight takes the smallest bundles and several taps, all where registers allow,
+in one warp, so that the gradient of the output is read once; a second kernel keeps the diagonal
+blocks. Where the input holds infinities or NaN they reach the other groups of their bundle, as zero
+times them is NaN.
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ from ...runtime.operators import Algorithm
 from ...runtime.plan import Arg, KernelCall, LaunchPlan, Slot, Workspace
 from ...runtime.space import Choice, ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction, dense_strides
-from .common import TileConfig, spatial_strides, unsupported_product, widen_all
+from .common import spatial_strides, unsupported_product, widen_all
 from .footprints import product_footprint
+from .footprints_walked import walked_footprint
 from .implicit_gemm import PRODUCT_SOURCES, plan_of
-from .tiles import tile_space
+from .tiles import around, power_of_two, tile_space
+from .walked_spaces import tap_counts, warps_of, ways
+from .walked_wgrad import WalkedConfig, walked_plan
 
 _LEAST, _MOST = 16, 128
 """Channels of a bundle: what fills a matrix instruction, and where zeros outweigh the rest."""
@@ -114,10 +120,55 @@ def diagonal_sum_kernel(
 
 
 @dataclass(frozen=True)
-class BundledConfig(TileConfig):
+class BundledConfig(WalkedConfig):
     """Tile of the bundle's product and the number of groups in a bundle."""
 
     bundle: int = 1
+
+
+_UNWALKED = {"taps": 1, "walk": 0, "images": 1, "cached": 0}
+"""What only the gradient of the weight chooses."""
+
+
+def _wgrad_configs(problem: ConvProblem, device: DeviceFacts) -> list[BundledConfig]:
+    """Small tiles of one bundle each, in one warp: what fits best first."""
+    found: list[BundledConfig] = []
+    for bundle in bundles(problem):
+        rows = power_of_two(bundle * problem.filters_per_group, 16, _MOST)
+        columns = power_of_two(bundle * problem.channels_per_group, 16, _MOST)
+        wider = bundled_problem(problem, bundle)
+        counts = sorted(tap_counts(problem), reverse=True)
+        if len(problem.kernel) == 3:
+            # Bounds on three axes leave no registers for the sums of a plane of taps.
+            counts.sort(key=lambda taps: taps > 3)
+        for taps in counts:
+            warps = warps_of(rows, columns, taps)
+            if warps > 4:
+                continue
+            # About ten warps a multiprocessor: more would only write more partial sums.
+            programs = wider.groups * problem.taps // taps * warps
+            split = max(1, triton.cdiv(10 * device.sm_count, programs))
+            for block_k, stages in ((64, 2), (32, 3), (64, 3), (32, 2)):
+                for cached in (0, 1) if taps > 1 else (0,):
+                    walk, images = ways(wider, block_k)[0]
+                    found += [
+                        BundledConfig(
+                            rows,
+                            columns,
+                            min(block_k, power_of_two(problem.out_pixels, 16, block_k)),
+                            warps,
+                            stages,
+                            8,
+                            count,
+                            taps,
+                            walk,
+                            images,
+                            cached,
+                            bundle,
+                        )
+                        for count in around(split)
+                    ]
+    return found
 
 
 def bundles(problem: ConvProblem) -> tuple[int, ...]:
@@ -142,7 +193,7 @@ class Bundled(Algorithm):
 
     name: ClassVar[str] = "bundled"
     config_type = BundledConfig
-    sources = PRODUCT_SOURCES
+    sources = (*PRODUCT_SOURCES, "walked_spaces", "walked_wgrad")
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Several narrow groups of several channels, in a number that can be bundled."""
@@ -156,13 +207,19 @@ class Bundled(Algorithm):
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BundledConfig]:
         """Tiles of the bundle's product; the default bundle has 32 channels and filters."""
+        if problem.direction is Direction.WGRAD:
+            return ConfigSpace.listed(_wgrad_configs(problem, device))
         counts = bundles(problem)
         least = min(problem.channels_per_group, problem.filters_per_group)
         default = next((n for n in counts if n * least >= 32), counts[-1])
         inner = tile_space(bundled_problem(problem, default), device)
         return ConfigSpace(
             BundledConfig,
-            (*inner.parameters, Choice("bundle", counts, ordered=True)),
+            (
+                *inner.parameters,
+                *(Choice(name, (value,)) for name, value in _UNWALKED.items()),
+                Choice("bundle", counts, ordered=True),
+            ),
             inner.constraints,
             BundledConfig(**inner.default.as_dict(), bundle=default),
         )
@@ -170,9 +227,9 @@ class Bundled(Algorithm):
     def plan(self, problem: ConvProblem, config: BundledConfig) -> LaunchPlan:
         """The weight spread out and the product; or the product and its diagonal blocks added."""
         wider = bundled_problem(problem, config.bundle)
-        product = plan_of(wider, config)
         if problem.direction is Direction.WGRAD:
-            return _diagonal(problem, wider, config.bundle, product)
+            return _diagonal(problem, wider, config.bundle, walked_plan(wider, config))
+        product = plan_of(wider, config)
         spread = Workspace("spread", wider.w_shape, problem.dtype)
         calls = tuple(_reading(call, "weight", "spread") for call in product.calls)
         elements = wider.w_shape[0] * wider.taps * wider.channels_per_group
@@ -201,9 +258,9 @@ class Bundled(Algorithm):
     ) -> Footprint:
         """Of the bundle's product; the small kernel beside it is one more launch."""
         wider = bundled_problem(problem, config.bundle)
-        found = product_footprint(wider, config, device)
         if problem.direction is Direction.WGRAD:
-            return dataclasses.replace(found, launches=2)
+            return dataclasses.replace(walked_footprint(wider, config, device), launches=2)
+        found = product_footprint(wider, config, device)
         return dataclasses.replace(found, launches=found.launches + 1)
 
 
