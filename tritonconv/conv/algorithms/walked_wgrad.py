@@ -131,8 +131,8 @@ def walked_wgrad_kernel(
         first_step = first_step.to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     accs = ()
-    for i in tl.static_range(TAPS):  # noqa: B007
-        accs += (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+    for _i in tl.static_range(TAPS):
+        accs += (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)  # type: ignore[assignment]
     for block in range(first_block, last_block):
         place = block * BLOCK_K + k
         on_image, plane, row, column = position(place, block_size)
@@ -163,7 +163,7 @@ def walked_wgrad_kernel(
                 if WALK < 2:
                     lies = within(lies, in_row + (over * DILATION_H - PAD_H), in_size[1])
                 lies = within(lies, in_column + (along * DILATION_W - PAD_W), in_size[2])
-            bounds += (lies,)
+            bounds += (lies,)  # type: ignore[assignment]
         for step in range(first_step, last_step):
             if FLAT:
                 y_step = grad_ptr + step * BLOCK_K * y_strides[4]
@@ -194,7 +194,7 @@ def walked_wgrad_kernel(
                 row_shift = r * DILATION_H - PAD_H
                 column_shift = s * DILATION_W - PAD_W
                 x_tap = x_step + tap_offset(x_strides, plane_shift, row_shift, column_shift)
-                mask_x = bounds[i]
+                mask_x = bounds[i]  # type: ignore[var-annotated]
                 if not EVEN_IMAGES:
                     mask_x = mask_x & present
                 if CHECK_BOUNDS and WALK >= 1:
@@ -209,7 +209,8 @@ def walked_wgrad_kernel(
                     b = tl.load(x_tap + x_offsets)
                 else:
                     b = tl.load(x_tap + x_offsets, mask=mask_x[:, None], other=0.0)
-                sums += (matmul_step(a, b, accs[i], PRECISION, UPCAST),)
+                total = matmul_step(a, b, accs[i], PRECISION, UPCAST)
+                sums += (total,)  # type: ignore[assignment]
             accs = sums
 
     mask = mask_m[:, None] & mask_n[None, :]
@@ -290,8 +291,8 @@ def walk_of(problem: ConvProblem, config: WalkedConfig) -> Walk:
     else:
         sizes = (depth, height, width)
         ones = (1, 1, 1)
-        step_size = (*sizes[: config.walk], *ones[config.walk :])
-        block_size = (*ones[: config.walk], *sizes[config.walk :])
+        step_size = lifted((*sizes[: config.walk], *ones[config.walk :]), 1)
+        block_size = lifted((*ones[: config.walk], *sizes[config.walk :]), 1)
         images = config.images if config.walk == 0 else 1
         steps = triton.cdiv(problem.batch, images) * math.prod(step_size)
         blocks = triton.cdiv(images * math.prod(block_size), config.block_k)
