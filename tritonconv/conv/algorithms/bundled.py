@@ -26,7 +26,7 @@ from ...runtime.operators import Algorithm
 from ...runtime.plan import Arg, KernelCall, LaunchPlan, Slot, Workspace
 from ...runtime.space import Choice, ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction, dense_strides
-from .common import spatial_strides, unsupported_product, widen_all
+from .common import TileConfig, spatial_strides, unsupported_product, widen_all
 from .footprints import product_footprint
 from .footprints_walked import walked_footprint
 from .implicit_gemm import PRODUCT_SOURCES, plan_of
@@ -120,10 +120,26 @@ def diagonal_sum_kernel(
 
 
 @dataclass(frozen=True)
-class BundledConfig(WalkedConfig):
-    """Tile of the bundle's product and the number of groups in a bundle."""
+class BundledConfig(TileConfig):
+    """Tile of the bundle's product and the number of groups in a bundle.
+
+    Attributes:
+        taps, walk, images, cached: of the gradient of the weight, as :class:`WalkedConfig` says.
+        bundle: groups of one product.
+    """
+
+    taps: int = 1
+    walk: int = 0
+    images: int = 1
+    cached: int = 0
 
     bundle: int = 1
+
+    @property
+    def walked(self) -> WalkedConfig:
+        """The config of the gradient of the weight."""
+        names = (field.name for field in dataclasses.fields(WalkedConfig))
+        return WalkedConfig(**{name: getattr(self, name) for name in names})
 
 
 _UNWALKED = {"taps": 1, "walk": 0, "images": 1, "cached": 0}
@@ -158,13 +174,12 @@ def _wgrad_configs(problem: ConvProblem, device: DeviceFacts) -> list[BundledCon
                             min(block_k, power_of_two(problem.out_pixels, 16, block_k)),
                             warps,
                             stages,
-                            8,
-                            count,
-                            taps,
-                            walk,
-                            images,
-                            cached,
-                            bundle,
+                            split_k=count,
+                            taps=taps,
+                            walk=walk,
+                            images=images,
+                            cached=cached,
+                            bundle=bundle,
                         )
                         for count in around(split)
                     ]
@@ -228,7 +243,7 @@ class Bundled(Algorithm):
         """The weight spread out and the product; or the product and its diagonal blocks added."""
         wider = bundled_problem(problem, config.bundle)
         if problem.direction is Direction.WGRAD:
-            return _diagonal(problem, wider, config.bundle, walked_plan(wider, config))
+            return _diagonal(problem, wider, config.bundle, walked_plan(wider, config.walked))
         product = plan_of(wider, config)
         spread = Workspace("spread", wider.w_shape, problem.dtype)
         calls = tuple(_reading(call, "weight", "spread") for call in product.calls)
@@ -259,7 +274,7 @@ class Bundled(Algorithm):
         """Of the bundle's product; the small kernel beside it is one more launch."""
         wider = bundled_problem(problem, config.bundle)
         if problem.direction is Direction.WGRAD:
-            return dataclasses.replace(walked_footprint(wider, config, device), launches=2)
+            return dataclasses.replace(walked_footprint(wider, config.walked, device), launches=2)
         found = product_footprint(wider, config, device)
         return dataclasses.replace(found, launches=found.launches + 1)
 

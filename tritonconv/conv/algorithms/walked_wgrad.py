@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...runtime.operators import Config
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from ..problem import ConvProblem
 from .common import (
@@ -228,10 +229,14 @@ def walked_wgrad_kernel(
 
 
 @dataclass(frozen=True)
-class WalkedConfig(TileConfig):
+class WalkedConfig(Config):
     """Tile of the product and how its pixels are walked.
 
     Attributes:
+        block_m, block_n, block_k: filters, channels and pixels of a tile.
+        num_warps, num_stages: of the kernel.
+        group_m: rows of tiles whose columns are computed together.
+        split_k: programs for one tile, about.
         taps: neighbouring taps that one program computes from the same rows of the gradient.
         walk: axes of the map that a step moves along, the images aside: 0 none, 1 depth, 2 depth
             and height.
@@ -239,10 +244,30 @@ class WalkedConfig(TileConfig):
         cached: whether rows of the input may be kept in the L1 cache: taps share them.
     """
 
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    split_k: int = 1
     taps: int = 1
     walk: int = 0
     images: int = 1
     cached: int = 0
+
+    @property
+    def tile(self) -> TileConfig:
+        """What all implicit products have."""
+        return TileConfig(
+            self.block_m,
+            self.block_n,
+            self.block_k,
+            self.num_warps,
+            self.num_stages,
+            self.group_m,
+            self.split_k,
+        )
 
 
 @dataclass(frozen=True)
@@ -353,7 +378,7 @@ def walked_plan(problem: ConvProblem, config: WalkedConfig) -> LaunchPlan:
             spatial_strides(problem.y_strides),
         ),
         {
-            **product_constexprs(problem, config),
+            **product_constexprs(problem, config.tile),
             "GROUPS": problem.groups,
             "FLAT": walk.flat,
             "WALK": config.walk,
