@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...runtime.operators import Algorithm
 from .aten import Aten
 from .bundled import Bundled
+from .bundled_weights import BundledWeights
 from .dense import Dense
 from .depthwise import Depthwise
 from .few_channel import FewChannel
@@ -20,6 +21,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     FewChannel(),
     Depthwise(),
     Bundled(),
+    BundledWeights(),
     Walked(),
     Pointwise(),
     Grouped(),

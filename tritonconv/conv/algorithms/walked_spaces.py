@@ -89,14 +89,16 @@ def ways(problem: ConvProblem, block_k: int) -> tuple[tuple[int, int], ...]:
 _SPLITS = (*range(1, 17), 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
-def warps_of(block_m: int, block_n: int, taps: int) -> int:
+def warps_of(block_m: int, block_n: int, taps: int, device: DeviceFacts) -> int:
     """So many that the sums of a program take at most half of the registers, or nearly."""
     elements = block_m * block_n * taps
     if block_m <= 32 and elements <= 16 * 16 * 9:
         return 1
     if block_m <= 32 and elements <= 32 * 32 * 4:
         return 2
-    return 4 if elements <= 128 * 128 else 8
+    # Elsewhere operands pass through registers as well.
+    grouped = device.arch in ("sm_90", "sm_100")
+    return 4 if elements <= (128 * 128 if grouped else 64 * 128) else 8
 
 
 def _best_split(
@@ -111,7 +113,7 @@ def _best_split(
 ) -> tuple[float, int]:
     """Estimated time and number of splits that is best for a tile."""
     most = max(1, problem.out_pixels // (4 * block_k))
-    warps = warps_of(block_m, block_n, taps)
+    warps = warps_of(block_m, block_n, taps, device)
     if warps < 4:
         # Small programs wait most of the time: about ten warps a multiprocessor hide it.
         tiles = problem.groups * triton.cdiv(problem.filters_per_group, block_m)
@@ -159,7 +161,7 @@ def walked_default(problem: ConvProblem, device: DeviceFacts) -> WalkedConfig:
         for m, n, taps in _tiles(problem)
     ]
     _, split, m, n, taps = min(found, key=lambda row: row[0])
-    warps = warps_of(m, n, taps)
+    warps = warps_of(m, n, taps, device)
     return WalkedConfig(m, n, block_k, warps, 3, 8, split, taps, walk, images)
 
 

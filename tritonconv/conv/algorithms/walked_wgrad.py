@@ -345,15 +345,21 @@ def walk_of(problem: ConvProblem, config: WalkedConfig) -> Walk:
     )
 
 
-def walked_plan(problem: ConvProblem, config: WalkedConfig) -> LaunchPlan:
-    """Plan of the gradient of the weight: split over pixels, then a fixed-order sum."""
+def walked_plan(problem: ConvProblem, config: WalkedConfig, *, whole: bool = True) -> LaunchPlan:
+    """Plan of the gradient of the weight: split over pixels, then a fixed-order sum.
+
+    Args:
+        problem: the gradient of the weight.
+        config: its config.
+        whole: otherwise the plan is the product alone, whose parts are all in ``partial``.
+    """
     walk = walk_of(problem, config)
     images = config.images if config.walk == 0 and not walk.flat else 1
     taps = config.taps
     channel_tiles = triton.cdiv(problem.channels_per_group, config.block_n)
     tiles = triton.cdiv(problem.filters_per_group, config.block_m)
     tiles *= problem.taps // taps * channel_tiles
-    partial = walk.splits > 1
+    partial = walk.splits > 1 or not whole
     counted = problem.out_pixels if walk.flat else problem.batch
     even = counted % (config.block_k if walk.flat else images) == 0
     places = images * math.prod(walk.block_size)
@@ -394,7 +400,7 @@ def walked_plan(problem: ConvProblem, config: WalkedConfig) -> LaunchPlan:
         config.num_warps,
         config.num_stages,
     )
-    if not partial:
+    if not partial or not whole:
         return LaunchPlan((call,), slot_dtypes(problem))
     columns = problem.taps * problem.channels_per_group
     space = Workspace("partial", (walk.splits, problem.out_channels, columns), torch.float32)
