@@ -17,6 +17,7 @@ from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
 from .algorithms.common import slot_names
+from .algorithms.walked_spaces import wasteful
 from .epilogue import apply_with_torch, build_epilogue
 from .problem import FUSED, ConvProblem, Direction, EpilogueSpec, parse_problem, wide_stride
 
@@ -157,7 +158,10 @@ class ConvOperator(Operator):
             slow = problem.groups > 1 and problem.channels_per_group < 32
         if slow and ATEN.supports(problem) is None:
             return ATEN
-        return self.candidates(problem)[0]
+        found = self.candidates(problem)
+        if found[0].name == "walked" and wasteful(problem):
+            return found[1]
+        return found[0]
 
 
 def as_tf32(t: Tensor) -> Tensor:

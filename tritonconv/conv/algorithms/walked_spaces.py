@@ -22,6 +22,8 @@ _SHARED = 128
 """Bytes of shared memory per clock and multiprocessor."""
 _CACHE = 48
 """Bytes from the L2 cache, likewise."""
+_LATENCY = 900
+"""Clocks until a tile has come from the L2 cache."""
 _PARTIALS = 3.5e12
 """Bytes of partial sums per second."""
 _LAUNCH = 2e-6
@@ -40,8 +42,10 @@ def seconds(problem: ConvProblem, config: WalkedConfig, device: DeviceFacts) -> 
     reads = taps * max(1, m // 64) * (k // 16) * (min(m, 64) + n) * 16 * size
     loaded = written * problem.out_pixels / (walk.steps * walk.blocks * k)
     step = max(product, (reads + written) / _SHARED, loaded / _CACHE)
-    count = (walk.steps_per_split + 3) * walk.blocks_per_split
     rounds = triton.cdiv(tiles * walk.splits, device.sm_count)
+    # Programs of one multiprocessor hide each other's waits: two at least fit.
+    step = max(step, _LATENCY / max(1, config.num_stages - 1) / min(rounds, 2))
+    count = (walk.steps_per_split + 3) * walk.blocks_per_split
     time = rounds * count * step / _CLOCK
     if walk.splits > 1:
         weights = math.prod(problem.w_shape)
@@ -65,10 +69,10 @@ def _padded(problem: ConvProblem, config: WalkedConfig) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def ways(problem: ConvProblem, block_k: int) -> tuple[tuple[int, int], ...]:
-    """(walk, images) that pad little or leave long loops, the least padding first."""
+def _costs(problem: ConvProblem, block_k: int) -> tuple[tuple[float, int, int], ...]:
+    """(cost, walk, images) by cost: pixels that pad blocks, and short loops over steps."""
     if is_flat(problem):
-        return ((0, 1),)
+        return ((1.0, 0, 1),)
     found: list[tuple[float, int, int]] = []
     for walk in range(len(problem.out_size)):
         level = walk + 3 - len(problem.out_size) if walk else 0
@@ -81,9 +85,18 @@ def ways(problem: ConvProblem, block_k: int) -> tuple[tuple[int, int], ...]:
             begun = 6 if problem.batch % images == 0 else 12
             cost = _padded(problem, config) * (1 + begun / max(1, shares.steps))
             found.append((cost, level, images))
-    found.sort()
-    best = found[0][0]
-    return tuple((level, images) for cost, level, images in found if cost < 1.35 * best)[:2]
+    return tuple(sorted(found))
+
+
+def ways(problem: ConvProblem, block_k: int) -> tuple[tuple[int, int], ...]:
+    """(walk, images) that pad little and leave long loops, the best first."""
+    costs = _costs(problem, block_k)
+    return tuple((walk, images) for cost, walk, images in costs if cost < 1.35 * costs[0][0])[:2]
+
+
+def wasteful(problem: ConvProblem) -> bool:
+    """Whether every walk multiplies mostly padding, or takes few steps: a few small images."""
+    return _costs(problem, _block_ks(problem)[-1])[0][0] > 3
 
 
 _SPLITS = (*range(1, 17), 20, 24, 32, 48, 64, 96, 128, 192, 256)
