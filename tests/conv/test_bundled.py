@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tritonconv.conv.algorithms.bundled import Bundled, bundles
+from tritonconv.conv.algorithms.bundled_weights import BundledWeights
 from tritonconv.conv.dispatch import OPERATORS
 from tritonconv.conv.problem import ConvProblem, Direction
 from tritonconv.runtime.device import device_facts
@@ -33,11 +34,18 @@ def problem_of(case: str, direction: Direction, **more: object) -> ConvProblem:
 @pytest.mark.parametrize("case", GROUPS)
 def test_every_bundle(case: str, direction: Direction, layout: str, device: torch.device) -> None:
     problem = problem_of(case, direction)
+    fields = {**GROUPS[case], "layout": layout}
+    if direction is Direction.WGRAD:
+        space = BundledWeights().space(problem, device_facts())
+        for bundle in bundles(problem):
+            for config in [config for config in space if config.bundle == bundle][::24]:
+                run_and_check(fields, direction, "bundled_weights", device, config)
+        return
     default = ALGORITHM.space(problem, device_facts()).default
     assert len(bundles(problem)) >= 1 and default.bundle in bundles(problem)
     for bundle in bundles(problem):
         config = replace(default, bundle=bundle)
-        run_and_check({**GROUPS[case], "layout": layout}, direction, "bundled", device, config)
+        run_and_check(fields, direction, "bundled", device, config)
 
 
 def test_a_bundle_divides_the_groups_and_fills_a_matrix_instruction() -> None:

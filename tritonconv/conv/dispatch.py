@@ -18,6 +18,7 @@ from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
 from .algorithms.banded import Banded, is_clearly_better
 from .algorithms.common import slot_names
+from .algorithms.walked_spaces import wasteful
 from .epilogue import apply_with_torch, build_epilogue
 from .problem import (
     FLOAT8,
@@ -187,7 +188,10 @@ class ConvOperator(Operator):
             return ATEN
         if is_clearly_better(problem) and BANDED.supports(problem) is None:
             return BANDED
-        return self.candidates(problem)[0]
+        found = self.candidates(problem)
+        if found[0].name == "walked" and wasteful(problem):
+            return found[1]
+        return found[0]
 
 
 def _scales(problem: ConvProblem) -> EpilogueSpec:

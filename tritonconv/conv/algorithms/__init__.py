@@ -7,6 +7,7 @@ from .aten import Aten
 from .banded import Banded
 from .boxed import Boxed
 from .bundled import Bundled
+from .bundled_weights import BundledWeights
 from .dense import Dense
 from .depthwise import Depthwise
 from .few_channel import FewChannel
@@ -14,14 +15,17 @@ from .grouped import Grouped
 from .patchify import Patchify
 from .pointwise import Pointwise
 from .single_channel import SingleChannel
+from .walked import Walked
 
 ALGORITHMS: tuple[Algorithm, ...] = (
-    Pointwise(),
     Patchify(),
     SingleChannel(),
     FewChannel(),
     Depthwise(),
     Bundled(),
+    BundledWeights(),
+    Walked(),
+    Pointwise(),
     Grouped(),
     Dense(),
     Boxed(),

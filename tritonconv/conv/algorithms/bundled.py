@@ -3,9 +3,9 @@
 A group of eight channels fills half of the depth, and of the columns, of a matrix instruction, and
 reads 16 bytes of a pixel at a time. A bundle of four such groups is a product of 32 channels by 32
 filters whose weight is zero between groups: four times the multiply-adds, of which there are few,
-for whole tiles and whole sectors of memory. A small kernel spreads the weight first; for the
-gradient of the weight another one keeps the diagonal blocks. Where the input holds infinities or
-NaN they reach the other groups of their bundle, as zero times them is NaN.
+for whole tiles and whole sectors of memory. A small kernel spreads the weight first. Where the
+input holds infinities or NaN they reach the other groups of their bundle, as zero times them is
+NaN.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import triton
 import triton.language as tl
 
@@ -71,50 +70,6 @@ def spread_weight_kernel(
     tl.store(out_ptr + index, tl.load(w_ptr + offsets, mask=mask & own, other=0.0), mask=mask)
 
 
-@triton.jit
-def diagonal_sum_kernel(
-    partial_ptr,
-    out_ptr,
-    elements,
-    partials,
-    splits,
-    w_strides,
-    CHANNELS: tl.constexpr,
-    FILTERS: tl.constexpr,
-    BUNDLE: tl.constexpr,
-    KERNEL_D: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """out[o, c, t, r, s] = Σ_split partial[split, o, (t, r, s, o's group, c)], in fixed order."""
-    if WIDE:
-        w_strides = widen_all(w_strides)
-    TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < elements
-    c = index % CHANNELS
-    tap = (index // CHANNELS) % TAPS
-    o = index // (CHANNELS * TAPS)
-    group = (o // FILTERS) % BUNDLE
-    place = (o * TAPS + tap) * (BUNDLE * CHANNELS) + group * CHANNELS + c
-    total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = (first + tl.arange(0, BLOCK_S))[:, None]
-        offsets = split.to(tl.int64) * partials + place[None, :]
-        total += tl.load(partial_ptr + offsets, mask=(split < splits) & mask[None, :], other=0.0)
-    offsets = (
-        o * w_strides[0]
-        + c * w_strides[1]
-        + tap // (KERNEL_H * KERNEL_W) * w_strides[2]
-        + tap // KERNEL_W % KERNEL_H * w_strides[3]
-        + tap % KERNEL_W * w_strides[4]
-    )
-    tl.store(out_ptr + offsets, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=mask)
-
-
 @dataclass(frozen=True)
 class BundledConfig(TileConfig):
     """Tile of the bundle's product and the number of groups in a bundle.
@@ -141,6 +96,17 @@ def bundles(problem: ConvProblem) -> tuple[int, ...]:
     )
 
 
+def not_bundled(problem: ConvProblem) -> str | None:
+    """Why a problem has no bundles, or None."""
+    if problem.groups == 1:
+        return "groups == 1"
+    if problem.depthwise:
+        return "one channel per group (depthwise)"
+    if not bundles(problem):
+        return "groups too wide, or in a number that makes no bundle"
+    return None
+
+
 def bundled_problem(problem: ConvProblem, bundle: int) -> ConvProblem:
     """The product over bundles, on the weight as :func:`spread_weight_kernel` lays it out."""
     wider = dataclasses.replace(problem, groups=problem.groups // bundle)
@@ -148,7 +114,7 @@ def bundled_problem(problem: ConvProblem, bundle: int) -> ConvProblem:
 
 
 class Bundled(Algorithm):
-    """Implicit GEMM over bundles of narrow groups, in all three directions."""
+    """Implicit GEMM over bundles of narrow groups, forward and for the gradient of the input."""
 
     name: ClassVar[str] = "bundled"
     config_type = BundledConfig
@@ -156,13 +122,9 @@ class Bundled(Algorithm):
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Several narrow groups of several channels, in a number that can be bundled."""
-        if problem.groups == 1:
-            return "groups == 1"
-        if problem.depthwise:
-            return "one channel per group (depthwise)"
-        if not bundles(problem):
-            return "groups too wide, or in a number that makes no bundle"
-        return unsupported_product(problem)
+        if problem.direction is Direction.WGRAD:
+            return "bundles of weight gradients are an algorithm of their own"
+        return not_bundled(problem) or unsupported_product(problem)
 
     def space(self, problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BundledConfig]:
         """Tiles of the bundle's product; the default bundle has 32 channels and filters."""
@@ -195,8 +157,6 @@ class Bundled(Algorithm):
             )
         wider = bundled_problem(problem, config.bundle)
         product = plan_of(wider, config)
-        if problem.direction is Direction.WGRAD:
-            return _diagonal(problem, wider, config.bundle, product)
         spread = Workspace("spread", wider.w_shape, problem.dtype)
         calls = tuple(_reading(call, "weight", "spread") for call in product.calls)
         elements = wider.w_shape[0] * wider.taps * wider.channels_per_group
@@ -226,8 +186,6 @@ class Bundled(Algorithm):
         """Of the bundle's product; the small kernel beside it is one more launch."""
         wider = bundled_problem(problem, config.bundle)
         found = product_footprint(wider, config, device)
-        if problem.direction is Direction.WGRAD:
-            return dataclasses.replace(found, launches=2)
         return dataclasses.replace(found, launches=found.launches + 1)
 
 
@@ -282,32 +240,3 @@ def _reading(call: KernelCall, slot: str, other: str) -> KernelCall:
         return Slot(other) if arg == Slot(slot) else arg
 
     return dataclasses.replace(call, args=tuple(swapped(arg) for arg in call.args))
-
-
-def _diagonal(
-    problem: ConvProblem, wider: ConvProblem, bundle: int, product: LaunchPlan
-) -> LaunchPlan:
-    """Every split of the product to float32, and the sum of what lies inside the groups."""
-    call = _reading(product.calls[0], "grad_weight", "partial")
-    call = dataclasses.replace(call, constexprs={**call.constexprs, "PARTIAL": True})
-    splits = call.grid[2]
-    columns = wider.taps * wider.channels_per_group
-    elements = problem.out_channels * problem.taps * problem.channels_per_group
-    total = KernelCall(
-        diagonal_sum_kernel,
-        (triton.cdiv(elements, 128), 1, 1),
-        (
-            Slot("partial"),
-            Slot("grad_weight"),
-            elements,
-            problem.out_channels * columns,
-            splits,
-            spatial_strides(problem.w_strides),
-        ),
-        {**_block_constexprs(problem, bundle), "BLOCK": 128, "BLOCK_S": 8},
-    )
-    return LaunchPlan(
-        (call, total),
-        {**product.dtypes, "partial": torch.float32},
-        (Workspace("partial", (splits, problem.out_channels, columns), torch.float32),),
-    )

@@ -15,7 +15,7 @@ from ...codegen.program import ScalarFunction
 from ...codegen.registry import program_of
 from ...runtime.compat import interpreting
 from ...runtime.operators import Config
-from ...runtime.plan import Arg, Slot
+from ...runtime.plan import Arg, KernelCall, Slot
 from ..epilogue import COORDINATES
 from ..problem import FLOAT8, ConvProblem, Direction
 
@@ -328,35 +328,105 @@ def store_result(
 
 
 @triton.jit
-def reduce_partials_kernel(
+def sum_partials_kernel(
     partial_ptr,
     out_ptr,
+    filters,
     elements,
+    partials,
     splits,
     w_strides,
-    COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    FILTERS: tl.constexpr,
+    BUNDLE: tl.constexpr,
+    TAPS_FIRST: tl.constexpr,
     KERNEL_D: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """out[o, c, t, r, s] = Σ_split partial[split, o, (t, r, s, c)], added in a fixed order."""
+    """out[o, c, t, r, s] = Σ_split partial[split, place], added in a fixed order.
+
+    The place of an element among the ``partials`` of a split is (o, (t, r, s), c), in a bundle of
+    groups (o, (t, r, s), o's group, c), and with TAPS_FIRST, for one channel, ((t, r, s), o).
+    """
     first = tl.program_id(0)
     if WIDE:
         first = first.to(tl.int64)
         w_strides = widen_all(w_strides)
+    TAPS: tl.constexpr = KERNEL_D * KERNEL_H * KERNEL_W
     index = first * BLOCK + tl.arange(0, BLOCK)
     mask = index < elements
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        total += tl.load(partial_ptr + index, mask=mask, other=0.0)
-        partial_ptr += elements
-    filter_index = index // COLUMNS
-    column = index % COLUMNS
-    channel = column % CHANNELS
-    t, r, s = tap_position(column // CHANNELS, KERNEL_D, KERNEL_H, KERNEL_W)
-    offsets = filter_index.to(tl.int64) * w_strides[0] + channel * w_strides[1]
-    offsets += tap_offset(w_strides, t, r, s)
-    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+    place = index
+    if TAPS_FIRST:
+        o = index % filters
+        tap = index // filters
+        c = index * 0
+    else:
+        c = index % CHANNELS
+        tap = (index // CHANNELS) % TAPS
+        o = index // (CHANNELS * TAPS)
+        if BUNDLE > 1:
+            group = (o // FILTERS) % BUNDLE
+            place = (o * TAPS + tap) * (BUNDLE * CHANNELS) + group * CHANNELS + c
+    total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+    for begin in range(0, splits, BLOCK_S):
+        split = (begin + tl.arange(0, BLOCK_S))[:, None]
+        offsets = split.to(tl.int64) * partials + place[None, :]
+        total += tl.load(partial_ptr + offsets, mask=(split < splits) & mask[None, :], other=0.0)
+    t, r, s = tap_position(tap, KERNEL_D, KERNEL_H, KERNEL_W)
+    offsets = widen(o) * w_strides[0] + c * w_strides[1] + tap_offset(w_strides, t, r, s)
+    tl.store(out_ptr + offsets, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_partials_call(
+    problem: ConvProblem,
+    splits: int,
+    partials: int,
+    *,
+    bundle: int = 1,
+    taps_first: bool = False,
+    block: int = 256,
+    block_s: int = 8,
+) -> KernelCall:
+    """Add the partial sums of a split weight gradient in a fixed order.
+
+    Args:
+        problem: the gradient of the weight.
+        splits: how often the workspace ``partial`` holds all partial sums.
+        partials: partial sums of one split.
+        bundle: groups of a bundle, of whose product the diagonal blocks are wanted.
+        taps_first: whether taps come before filters among the partial sums.
+        block: elements of a program.
+        block_s: splits that are read at once.
+    """
+    elements = math.prod(problem.w_shape)
+    depth, height, width = lifted(problem.kernel, 1)
+    return KernelCall(
+        sum_partials_kernel,
+        (triton.cdiv(elements, block), 1, 1),
+        (
+            Slot("partial"),
+            Slot("grad_weight"),
+            problem.out_channels,
+            elements,
+            partials,
+            splits,
+            spatial_strides(problem.w_strides),
+        ),
+        {
+            "CHANNELS": problem.channels_per_group,
+            "FILTERS": problem.filters_per_group,
+            "BUNDLE": bundle,
+            "TAPS_FIRST": taps_first,
+            "KERNEL_D": depth,
+            "KERNEL_H": height,
+            "KERNEL_W": width,
+            "WIDE": problem.wide,
+            "BLOCK": block,
+            "BLOCK_S": min(block_s, triton.next_power_of_2(splits)),
+        },
+        num_warps=4,
+    )

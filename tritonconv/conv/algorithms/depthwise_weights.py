@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...runtime.plan import KernelCall, Slot, Workspace
 from ..problem import ConvProblem
-from .common import lifted, widen_all
+from .common import lifted, sum_partials_call, widen_all
 
 
 @triton.jit
@@ -36,40 +36,6 @@ def pack_weight_kernel(
         + tap % KERNEL_W * w_strides[4]
     )
     tl.store(out_ptr + index, tl.load(w_ptr + offsets, mask=mask).to(tl.float32), mask=mask)
-
-
-@triton.jit
-def sum_partials_kernel(
-    partial_ptr,
-    out_ptr,
-    filters,
-    elements,
-    splits,
-    w_strides,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """out[o, 0, t, r, s] = Σ_split partial[split, (t, r, s), o], added in a fixed order."""
-    if WIDE:
-        w_strides = widen_all(w_strides)
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < elements
-    total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = (first + tl.arange(0, BLOCK_S))[:, None]
-        offsets = split.to(tl.int64) * elements + index[None, :]
-        total += tl.load(partial_ptr + offsets, mask=(split < splits) & mask[None, :], other=0.0)
-    tap = index // filters
-    offsets = (
-        index % filters * w_strides[0]
-        + tap // (KERNEL_H * KERNEL_W) * w_strides[2]
-        + tap // KERNEL_W % KERNEL_H * w_strides[3]
-        + tap % KERNEL_W * w_strides[4]
-    )
-    tl.store(out_ptr + offsets, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def weight_strides(problem: ConvProblem) -> tuple[int, ...]:
@@ -106,21 +72,7 @@ def packing_call(problem: ConvProblem) -> tuple[KernelCall, Workspace]:
 def summing_call(problem: ConvProblem, splits: int) -> tuple[KernelCall, Workspace]:
     """Add the workspace ``partial`` into the gradient of the weight."""
     elements = problem.out_channels * problem.taps
-    block_s = min(64, triton.next_power_of_2(splits))
-    call = KernelCall(
-        sum_partials_kernel,
-        (triton.cdiv(elements, 32), 1, 1),
-        (
-            Slot("partial"),
-            Slot("grad_weight"),
-            problem.out_channels,
-            elements,
-            splits,
-            weight_strides(problem),
-        ),
-        {**_kernel_constexprs(problem), "BLOCK": 32, "BLOCK_S": block_s},
-        num_warps=4,
-    )
+    call = sum_partials_call(problem, splits, elements, taps_first=True, block=32, block_s=64)
     return call, Workspace("partial", (splits, elements), torch.float32)
 
 

@@ -6,6 +6,8 @@ no atomics.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -16,17 +18,15 @@ from .common import (
     TileConfig,
     grouped_tile,
     inside,
-    lifted,
     matmul_step,
     pixel_offset,
     pixels_of,
     position,
     product_constexprs,
-    reduce_partials_kernel,
     row_position,
     slot_dtypes,
     spatial_arguments,
-    spatial_strides,
+    sum_partials_call,
     tap_offset,
     tap_position,
     widen,
@@ -182,31 +182,7 @@ def conv_wgrad_kernel(
 
 def reduction_call(problem: ConvProblem, splits: int) -> KernelCall:
     """Add the partial sums of a split weight gradient in a fixed order."""
-    columns = problem.taps * problem.channels_per_group
-    elements = problem.out_channels * columns
-    block = 256
-    kernel_d, kernel_h, kernel_w = lifted(problem.kernel, 1)
-    return KernelCall(
-        reduce_partials_kernel,
-        (triton.cdiv(elements, block), 1, 1),
-        (
-            Slot("partial"),
-            Slot("grad_weight"),
-            elements,
-            splits,
-            spatial_strides(problem.w_strides),
-        ),
-        {
-            "COLUMNS": columns,
-            "CHANNELS": problem.channels_per_group,
-            "KERNEL_D": kernel_d,
-            "KERNEL_H": kernel_h,
-            "KERNEL_W": kernel_w,
-            "WIDE": problem.wide,
-            "BLOCK": block,
-        },
-        num_warps=4,
-    )
+    return sum_partials_call(problem, splits, math.prod(problem.w_shape))
 
 
 def wgrad_plan(problem: ConvProblem, config: TileConfig) -> LaunchPlan:

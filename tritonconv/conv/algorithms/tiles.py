@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -38,6 +39,16 @@ def flat_rows(problem: ConvProblem) -> bool:
         and problem.x_strides[1] == 1
         and problem.x_strides[-1] == problem.in_channels
     )
+
+
+def flat_map(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the spatial axes of (batch, channels, *spatial) strides collapse into one."""
+    expected = strides[-1]
+    for size, stride in zip(reversed(sizes), reversed(strides[2:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def power_of_two(value: int, low: int, high: int) -> int:
