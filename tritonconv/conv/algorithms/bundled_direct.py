@@ -257,9 +257,12 @@ def bundled_kernel(
 
 
 def direct(problem: ConvProblem, bundle: int) -> bool:
-    """Whether a bundle's channels, and its filters, are whole powers of two, and taps dense."""
+    """Whether a bundle's channels, and its filters, are powers of two that one step can hold.
+
+    The gradient of the input is such a product only without stride.
+    """
     widths = (bundle * problem.channels_per_group, bundle * problem.filters_per_group)
-    if any(width & (width - 1) or not 16 <= width <= 128 for width in widths):
+    if any(width & (width - 1) or not 16 <= width <= 64 for width in widths):
         return False
     if problem.direction is Direction.DGRAD:
         return all(hop == 1 for hop in problem.stride)
