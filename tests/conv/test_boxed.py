@@ -22,6 +22,7 @@ from tritonconv.runtime.device import nominal_device
 from tritonconv.runtime.launch import _aligned
 from tritonconv.runtime.plan import Boxes
 
+from ..aot import start
 from .cases import Fields, fields, rank_of
 from .test_algorithms import EPILOGUES, run_problem
 
@@ -192,6 +193,16 @@ def test_a_tensor_at_an_odd_address_is_copied() -> None:
     odd = memory[1:65].reshape(8, 8)[:, :4]
     copy = _aligned(odd)
     assert copy.data_ptr() % 16 == 0 and copy.stride() == odd.stride() and torch.equal(copy, odd)
+
+
+@pytest.mark.aot
+def test_operands_go_from_the_copy_engine_to_the_products() -> None:
+    """Asynchronously and in shared memory: left operands in registers race in Triton 3.6."""
+    rows = start("tests.conv.aot_boxed").result()
+    assert len(rows) == 12
+    for row in rows:
+        assert row["ttng.async_tma_copy_global_to_local"] >= 4, row
+        assert row["ttng.warp_group_dot"] >= 1 and row["ttg.local_load"] == 0, row
 
 
 def test_descriptors_say_what_the_kernel_reads() -> None:
