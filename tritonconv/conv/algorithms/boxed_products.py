@@ -44,7 +44,7 @@ from .common import (
     widen_all,
 )
 from .product_wgrad import reduction_call
-from .split import finished, split_range
+from .split import SplitSum, finished, split_range
 
 
 @triton.jit
@@ -439,7 +439,7 @@ def product_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
         config.num_warps,
         config.num_stages,
     )
-    return finished(problem, call, splits)
+    return finished(problem, config, call, SplitSum(splits, False, fused))
 
 
 def product_splits(problem: ConvProblem, config: TileConfig) -> int:
