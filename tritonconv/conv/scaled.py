@@ -12,7 +12,7 @@ from . import arguments, ops, pytorch
 from .arguments import IntOrInts
 from .epilogue import apply_to_whole, made_in_compiled_code
 from .problem import FAST_ACCUM, FLOAT8, output_size
-from .scaled_epilogue import LARGEST, scaled_captures, scaled_key
+from .scaled_epilogue import LARGEST, known_epilogue, scaled_captures, scaled_key
 from .scaled_ops import CONV_QUANTIZED
 
 Tensor = torch.Tensor
@@ -363,8 +363,13 @@ def _fused(
         w.shape[0],
     )
     dtypes = tuple([operand.dtype for operand in operands])
-    key, *order = scaled_key(epilogue, scaling, dtypes, rank, rank == 1)
-    own = scaled_captures(epilogue, scaling, dtypes, rank, rank == 1)
+    order: Sequence[str]
+    own: Sequence[Tensor]
+    if torch.compiler.is_compiling():
+        key, *order = scaled_key(epilogue, scaling, dtypes, rank, rank == 1)
+        own = scaled_captures(epilogue, scaling, dtypes, rank, rank == 1)
+    else:
+        key, order, own = known_epilogue(epilogue, scaling, dtypes, rank, rank == 1)
     captures = [scales[name] if name in scales else own[int(name)] for name in order]
     for index, capture in enumerate(own):
         if capture.device != x.device:
