@@ -211,7 +211,7 @@ def walked_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Walke
             lambda num_warps, block_m, block_n, taps: (
                 taps * block_m * block_n <= (192 if num_warps > 1 else 96) * 32 * num_warps
                 and (num_warps <= 4 or taps * block_m * block_n >= 64 * 192)
-                and (num_warps <= 1 or taps * block_m * block_n >= 512 * num_warps)
+                and (num_warps != 2 or taps * block_m * block_n >= 1024)
             ),
         ),
         Constraint(
