@@ -151,11 +151,11 @@ def _best_split(
 def _tiles(problem: ConvProblem) -> list[tuple[int, int, int]]:
     """(rows, columns, taps) of tiles that the default is chosen from, as the problem's sizes cut.
 
-    IEEE and single precision keep to small ones, whose sums fit in registers.
+    Single precision and gathered channels keep to small ones, which fit in registers.
     """
     rows = power_of_two(problem.filters_per_group, 16, 256)
     columns = power_of_two(problem.channels_per_group, 16, 256)
-    if problem.dtype.itemsize > 2:
+    if problem.dtype.itemsize > 2 or problem.x_strides[1] != 1:
         return [(min(64, rows), min(64, columns), 1)]
     found = [(128, 256, 1), (256, 128, 1), (128, 128, 1), (64, 128, 1), (64, 64, 1)]
     if 3 in tap_counts(problem):
@@ -211,7 +211,7 @@ def walked_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Walke
             lambda num_warps, block_m, block_n, taps: (
                 taps * block_m * block_n <= (192 if num_warps > 1 else 96) * 32 * num_warps
                 and (num_warps <= 4 or taps * block_m * block_n >= 64 * 192)
-                and (num_warps <= 1 or taps * block_m * block_n >= 512 * num_warps)
+                and (num_warps != 2 or taps * block_m * block_n >= 1024)
             ),
         ),
         Constraint(

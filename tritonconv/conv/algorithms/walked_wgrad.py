@@ -137,8 +137,14 @@ def walked_wgrad_kernel(
     for block in range(first_block, last_block):
         place = block * BLOCK_K + k
         on_image, plane, row, column = position(place, block_size)
-        on_image = place // (block_size[0] * block_size[1] * block_size[2])
-        valid = on_image < IMAGES
+        map_size = block_size[0] * block_size[1] * block_size[2]
+        if IMAGES == 1:
+            # The compiler sees neighbours in a map of one image, not in a remainder.
+            on_image = place * 0
+            valid = place < map_size
+        else:
+            on_image = place // map_size
+            valid = on_image < IMAGES
         in_plane = plane * STRIDE_D
         in_row = row * STRIDE_H
         in_column = column * STRIDE_W
@@ -148,7 +154,7 @@ def walked_wgrad_kernel(
         else:
             x_rows = pixel_offset(x_strides, on_image, in_plane, in_row, in_column)
             if FLAT_MAP:
-                pixel = place - on_image * (block_size[0] * block_size[1] * block_size[2])
+                pixel = place - on_image * map_size
                 y_rows = on_image * y_strides[0] + pixel * y_strides[4]
             else:
                 y_rows = pixel_offset(y_strides, on_image, plane, row, column)
