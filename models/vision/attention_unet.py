@@ -10,8 +10,6 @@ Where arithmetic can ride on a convolution it does, as an epilogue of :func:`tri
 - the sigmoid is psi's epilogue;
 - a 1 × 1 convolution is linear in every pixel, so ``W(alpha * x) + b = alpha * W(x) + b``: the
   product with the attention map is the epilogue of W, and ``alpha * x`` is never written;
-- the decoder's convolutions read the skip and the doubled feature where they lie: the two are
-  never concatenated;
 - in evaluation mode every batch normalisation (and ReLU) is its convolution's epilogue.
 """
 
@@ -24,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonconv.nn.conv import PlainConv
 from tritonconv.runtime.errors import bad_type, bad_value
 
 from ._dims import dimension
@@ -91,16 +88,14 @@ class ConvNorm(nn.Module):
         self.conv = self.ops.Conv(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.norm = self.ops.BatchNorm(out_channels)
 
-    def forward(self, x: Tensor | tuple[Tensor, Tensor], attention: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attention: Tensor | None = None) -> Tensor:
         """Apply the block to ``x`` or, for a 1 × 1 kernel only, to ``attention * x``.
 
         Args:
-            x: ``(N, in_channels, *spatial)``, or two tensors in the place of their concatenation.
+            x: ``(N, in_channels, *spatial)``.
             attention: ``(N, 1, *spatial)`` or None.
         """
         conv, per_channel = self.conv, self.ops.per_channel
-        if isinstance(x, tuple) and not isinstance(conv, PlainConv):
-            x = torch.cat(x, 1)  # PyTorch's convolutions read one tensor
         if attention is not None and max(conv.kernel_size) > 1:
             raise bad_value("attention", "None for a kernel wider than 1", "a tensor")
         if self.training:
@@ -398,8 +393,8 @@ class AttentionUNet(nn.Module):
                 skip, alphas = self.skips[str(level)](skip, gate_signal)
                 if return_attention:
                     attention[level] = ops.resize(alphas, extended)[inner]
-            # The pair stands for its concatenation, which is never written.
-            x = gate_signal = self.decoder[level - 1]((skip, ops.resize(x, skip.shape[2:])))
+            x = torch.cat((skip, ops.resize(x, skip.shape[2:])), 1)
+            x = gate_signal = self.decoder[level - 1](x)
             if level <= len(self.heads):
                 scores.append(ops.resize(self.heads[level - 1](x), extended))
         logits = self.fuse(torch.cat(scores, 1) if len(scores) > 1 else scores[0])

@@ -129,6 +129,8 @@ def test_layouts(
     fields = {**PROBLEMS[case], "layout": layouts[0], "weight_layout": layouts[1]}
     if not serves(algorithm, fields, direction):
         fields["layout"] = "channels_last"
+    if not serves(algorithm, fields, direction):
+        fields["weight_layout"] = "channels_last"
     run_and_check(fields, direction, algorithm, device)
 
 
