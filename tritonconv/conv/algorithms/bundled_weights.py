@@ -44,7 +44,7 @@ class BundledWeights(Algorithm):
 
     name: ClassVar[str] = "bundled_weights"
     config_type = BundledWeightsConfig
-    sources = (*PRODUCT_SOURCES, "bundled", "walked_spaces", "walked_wgrad")
+    sources = (*PRODUCT_SOURCES, "bundled", "bundled_direct", "walked_spaces", "walked_wgrad")
 
     def supports(self, problem: ConvProblem) -> str | None:
         """Gradients of the weight of several narrow groups, in a number that can be bundled."""
