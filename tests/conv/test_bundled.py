@@ -70,6 +70,7 @@ def test_channels_of_a_bundle_in_one_step(
     case: str, direction: Direction, layout: str, device: torch.device
 ) -> None:
     configs = [c for c in ALGORITHM.space(problem_of(case, direction), device_facts()) if c.direct]
+    assert not ALGORITHM.space(problem_of(case, direction), device_facts()).default.direct
     strided = "strided" in case and direction is Direction.DGRAD
     assert bool(configs) != strided
     for config in configs[:: max(1, len(configs) // 2)]:

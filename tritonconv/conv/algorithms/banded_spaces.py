@@ -28,6 +28,7 @@ _LOADS = 8e12
 _STEP = 6e-10
 """Seconds that a step of a program costs beside, with 400 programs under way."""
 Box = tuple[int, int, int]
+_PAIR: Box = (1, 1, 2)
 
 
 def _units_of(problem: ConvProblem, box: Box) -> tuple[int, int, int]:
@@ -105,16 +106,20 @@ def _parts(problem: ConvProblem, config: BandedConfig, device: DeviceFacts) -> i
 def _default(problem: ConvProblem, device: DeviceFacts) -> BandedConfig:
     wgrad = problem.direction is Direction.WGRAD
     box = best_boxes(problem)[0]
+    # Two pixels of 32 filters fill an instruction: larger boxes only multiply more zeros.
+    wide = wgrad and problem.in_channels >= 32 and problem.out_channels >= 32
+    if wide and _PAIR in best_boxes(problem):
+        box = _PAIR
     block_n = window_of(problem, box).block_n
     units = 64 if wgrad else 128
     units_h, units_w = tile_shapes(problem, box, units)[0]
     roomy = device.arch in ("sm_80", "sm_90", "sm_100")
-    widest = 256 if wgrad and roomy else 64
+    widest = (128 if wide else 256) if wgrad and roomy else 64
     blocks = _depth_blocks(problem, box)
     block_k = next((block for block in blocks if block <= widest), blocks[-1])
     accumulators = block_n * (block_k if wgrad else units)
     warps = 8 if accumulators > (16384 if wgrad else 8192) else 4
-    stages = 2 if wgrad or not roomy else 3
+    stages = 2 if (wgrad and not wide) or not roomy else 3
     config = BandedConfig(*box, units_h, units_w, block_k, warps, stages)
     if not wgrad:
         return config

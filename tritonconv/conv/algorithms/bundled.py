@@ -76,9 +76,7 @@ class BundledConfig(TileConfig):
 
     Attributes:
         bundle: groups of a bundle.
-        direct: the channels of a bundle are one step of the product, read through registers and
-            the L1 cache one tap ahead (1) or not (2), or by asynchronous copies (3); or the
-            general product (0).
+        direct: the channels of a bundle are one step of the product, instead of the general one.
     """
 
     bundle: int = 1
@@ -139,10 +137,7 @@ class Bundled(Algorithm):
             BundledConfig(**inner.default.as_dict(), bundle=default),
         )
         first = _direct_configs(problem, counts, default)
-        # The general product, which was measured, is among the first that are tried.
-        early, late = first[:4], first[4:]
-        listed = [*early, general.default, *late, *general.configs]
-        return ConfigSpace.listed(listed) if first else general
+        return ConfigSpace.listed([general.default, *first, *general.configs]) if first else general
 
     def plan(self, problem: ConvProblem, config: BundledConfig) -> LaunchPlan:
         """The weight spread out and the product; or the product and its diagonal blocks added."""
@@ -153,7 +148,6 @@ class Bundled(Algorithm):
                 config.block_m,
                 config.num_warps,
                 config.num_stages,
-                config.direct == 1,
             )
         wider = bundled_problem(problem, config.bundle)
         product = plan_of(wider, config)
@@ -194,29 +188,17 @@ def _direct_configs(
 ) -> list[BundledConfig]:
     """Bundles of about 32 channels first."""
     kept = [n for n in (default, *counts) if direct(problem, n)]
-    tiles = (
-        (1, 64, 4, 1),
-        (1, 128, 4, 1),
-        (2, 64, 4, 1),
-        (2, 128, 4, 1),
-        (3, 128, 4, 3),
-        (1, 128, 8, 1),
-        (1, 256, 8, 1),
-        (3, 64, 4, 4),
-        (3, 256, 8, 3),
-    )
+    tiles = ((64, 4, 4), (128, 4, 3), (256, 8, 3))
     pixels = problem.in_pixels if problem.direction is Direction.DGRAD else problem.out_pixels
     most = 128 if problem.dtype.itemsize == 4 else 256
     found = []
-    for bundle, (how, block_m, warps, stages) in itertools.product(dict.fromkeys(kept), tiles):
+    for bundle, (block_m, warps, stages) in itertools.product(dict.fromkeys(kept), tiles):
         depth, columns = bundle * problem.channels_per_group, bundle * problem.filters_per_group
         if problem.direction is Direction.DGRAD:
             depth, columns = columns, depth
         if block_m > most or (block_m > 64 and pixels <= 64 * block_m):
             continue
-        found.append(
-            BundledConfig(block_m, columns, depth, warps, stages, bundle=bundle, direct=how)
-        )
+        found.append(BundledConfig(block_m, columns, depth, warps, stages, bundle=bundle, direct=1))
     return found
 
 

@@ -121,7 +121,9 @@ def _space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseCo
     good = [config for rank, config in timed if not rank[0]] or [timed[0][-1]]
     kinds: dict[tuple[int, ...], list[DepthwiseConfig]] = {}
     for config in good:
-        kinds.setdefault((config.flat, min(1, config.walk), config.ahead), []).append(config)
+        kinds.setdefault(_kind(config), []).append(config)
+    if problem.direction is Direction.WGRAD:  # where sums can walk they were measured to be faster
+        kinds = dict(sorted(kinds.items(), key=lambda item: item[0], reverse=True))
     turns = _by_turns(list(kinds.values()))
     turns += [
         config for found in itertools.zip_longest(*kinds.values()) for config in found if config
@@ -129,15 +131,20 @@ def _space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[DepthwiseCo
     return ConfigSpace.listed(list(dict.fromkeys(turns))[:_MOST_CONFIGS])
 
 
+def _kind(config: DepthwiseConfig) -> tuple[int, int, int]:
+    """Which kernel a config is of, and how its lanes lie."""
+    return config.flat, min(1, config.walk), config.ahead
+
+
 def _by_turns(kinds: list[list[DepthwiseConfig]]) -> list[DepthwiseConfig]:
-    """The best config of every tile, no tile twice, one kind of kernel after the other."""
+    """The best config of every tile, walked or not, one kind of kernel after the other."""
     seen: set[tuple[int, ...]] = set()
     queues = [iter(members) for members in kinds]
     turns = []
     while queues:
         for queue in list(queues):
             for config in queue:
-                tile = (config.tile_h, config.tile_w, config.vector, config.ahead)
+                tile = (config.tile_h, config.tile_w, config.vector, *_kind(config)[1:])
                 if tile not in seen:
                     seen.add(tile)
                     turns.append(config)
@@ -163,6 +170,10 @@ def _too_large(problem: ConvProblem) -> str | None:
 
 
 _MOST_CONFIGS = 64
+_MOST_WALKED_SUMS = 9
+"""Taps: walks of 7×7 sums took 113 to 160 µs where tiles took 82."""
+_FEW_TURNS = 8
+"""Blocks of tiles of a program: with fewer, twice the programs were always faster."""
 _MOST_REGISTERS = 300
 _MOST_COMPILING = 220_000
 """Of :func:`compiling`: four seconds of the compiler."""
@@ -204,6 +215,9 @@ def _candidates(problem: ConvProblem, device: DeviceFacts) -> list[DepthwiseConf
         few = vector * tile_h * tile_w * 4 < min(most, 32) or (warps == 1 and block_c > 32)
         if few or not vector <= block_c <= 32 * warps * vector:
             continue
+        # Rows of sums are divided where a thread cannot hold them all, and only there.
+        if len(rows) > 1 and (chunk > 0) != (vector * problem.taps > 128):
+            continue
         config = DepthwiseConfig(block_c, vector, tile_h, tile_w, warps, pack, chunk)
         if wgrad:
             for split in _splits_worth_trying(problem, config, device):
@@ -229,6 +243,8 @@ def _walks(problem: ConvProblem, device: DeviceFacts) -> list[DepthwiseConfig]:
     if problem.x_layout == "contiguous" or not dense or not can_walk(height, depth):
         return []
     wgrad = problem.direction is Direction.WGRAD
+    if wgrad and problem.taps > _MOST_WALKED_SUMS:
+        return []
     channels = problem.in_channels
     rows = height.size if wgrad else height.out
     vectors = [v for v in (8, 4, 2, 1) if channels % v == 0 and v * problem.dtype.itemsize <= 16]
@@ -236,18 +252,22 @@ def _walks(problem: ConvProblem, device: DeviceFacts) -> list[DepthwiseConfig]:
     parts = {cdiv(rows, n) for n in ((1, 2, 4, 7) if wgrad else (1, 2, 4))}
     parts = {part for part in parts if part >= height.taps} or {rows}
     blocks = _channel_blocks(channels) if wgrad else (0,)
+    tiles_w = _tile_sizes(width.out, (1, 2, 4, 7, 8))
+    if wgrad:  # wide windows of sums leave too few warps, masked columns are work for nothing
+        tiles_w = tuple(t for t in (2, 4) if width.out % t == 0) or (2,)
     found = []
     for vector, tile_w, step, walk, warps, block_c, ahead in itertools.product(
         vectors,
-        _tile_sizes(width.out, (1, 2, 4, 7, 8)),
+        tiles_w,
         (1, 2, 4),
         sorted(parts, reverse=True),
-        (1, 4),
+        (1,) if wgrad else (1, 4),
         blocks,
         (0,) if wgrad else (0, 1),
     ):
         held = (problem.taps + (height.taps - 1 + step) * tile_w) * vector
-        if not 64 <= held <= 200 or step * tile_w * vector * problem.taps > 1600 or step > walk:
+        least, most = (96, 120) if wgrad else (64, 200)  # sums with room for many warps
+        if not least <= held <= most or step * tile_w * vector * problem.taps > 1600 or step > walk:
             continue
         if not vector <= (block_c or vector) <= 32 * warps * vector:
             continue
@@ -289,7 +309,7 @@ def _channel_blocks(channels: int) -> tuple[int, ...]:
 def _splits_worth_trying(
     problem: ConvProblem, config: DepthwiseConfig, device: DeviceFacts
 ) -> tuple[int, ...]:
-    """Splits that fill the device two and four times over."""
+    """Splits that fill the device with 8 and 16 warps of each multiprocessor."""
     stencil = stencil_of(problem, config)
     rows = stencil.filter[1]
     programs = cdiv(problem.out_channels, config.block_c) * cdiv(rows, stencil.height.taps)
@@ -298,7 +318,8 @@ def _splits_worth_trying(
         max(1, min(blocks, warps * device.sm_count // (programs * config.num_warps), 2048))
         for warps in (8, 16)
     )
-    return tuple(dict.fromkeys(wanted))
+    few, many = wanted
+    return (many,) if blocks < _FEW_TURNS * few else tuple(dict.fromkeys((few, many)))
 
 
 def _shape(problem: ConvProblem, config: DepthwiseConfig) -> Shape:

@@ -22,6 +22,12 @@ _LAUNCH = 2.0e-6
 _REGISTERS = 65536
 _LATENCY = 900
 """Cycles until a loaded row is there."""
+_WHOLE_LINES = 0.82
+"""Tiles whose lanes run over all channels, measured over counted."""
+_BEHIND = 1.04
+"""Walks that load a row when they need it, likewise."""
+_SUMMED = 5e-8
+"""Seconds to add the sums of a split."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,12 @@ def cost(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
     # Between two turns of a loop a program's warps wait together.
     seconds += _LAUNCH * (shape.packed or wgrad) + 0.6 * (turns - 1) * _LATENCY / _CLOCK
     seconds *= 1 + 0.01 * shape.warps
+    if shape.flat:
+        seconds *= 0.88 if vector * size < 8 else _WHOLE_LINES
+    if wgrad:
+        seconds += splits * _SUMMED
+        if turns < 12 and shape.warps > 1:  # the warps of a program wait for each other's sums
+            seconds *= 1.25
     if registers > 255:
         seconds *= 1 + (registers - 255) / 32
     return Cost(
@@ -250,7 +262,7 @@ def _walk_registers(stencil: Stencil, shape: Shape) -> int:
     raw = step * max(1, shape.vector * shape.itemsize // 4)
     held = (h.taps * w.taps + (h.taps - 1 + step) * w.tile) * shape.vector
     return (
-        held + (50 if wgrad else 30) + raw * (_counts(w)[0] * (1 + stencil.ahead) + w.tile * wgrad)
+        held + (10 if wgrad else 30) + raw * (_counts(w)[0] * (1 + stencil.ahead) + w.tile * wgrad)
     )
 
 
@@ -317,6 +329,10 @@ def _walking(stencil: Stencil, shape: Shape, device: DeviceFacts) -> Cost:
         issue, cache, compulsory / _MEMORY_RATE, (loaded + stored) / _CACHE_RATE, latency
     )
     seconds = (seconds + _LAUNCH) * (1 + 0.01 * shape.warps)
+    if not stencil.ahead:
+        seconds *= _BEHIND
+    if wgrad:
+        seconds += splits * _SUMMED
     if registers > 232:
         seconds *= 1 + (registers - 232) / 32
     return Cost(

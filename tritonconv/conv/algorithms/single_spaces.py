@@ -225,10 +225,11 @@ def _forward_default(problem: ConvProblem, device: DeviceFacts) -> SingleConfig:
     while engine == MMA and block_h * block_w < 32:
         block_h *= 2
     rows_fit = width % 16 == 0 or width < 16 or width > 128
-    if engine == FMA and window <= 32 and counts_on(problem) and not rows_fit:
-        # Half as many lanes again, and stores of single elements: count the pixels on.
-        block_m = power_of_two(problem.out_channels, 4, 16)
-        return SingleConfig(FLAT, 1, 64, block_m, 4 if block_m >= 8 else 2, 1)
+    small = window <= 9 and problem.out_channels >= 8 and height >= 16
+    if engine == FMA and small and not rows_fit:
+        # Few filters and more rows make up for the lanes that a tile of columns wastes.
+        block_m = 8
+        block_h = min(4 if block_w <= 32 else 2, most_h)
     tile = block_m * block_w * block_h
     return SingleConfig(engine, block_h, block_w, block_m, 4 if tile >= 512 else 2, 1)
 
