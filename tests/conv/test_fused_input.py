@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +26,13 @@ from .oracle import assert_accurate, assert_gradients
 pytestmark = pytest.mark.interpreter
 
 N, C, M = 2, 3, 4
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> Iterator[None]:
+    """What float32 is compared with here is not of TF32, and neither is ours then."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
 
 
 @pytest.fixture(autouse=True)

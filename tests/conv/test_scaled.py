@@ -18,6 +18,7 @@ from tritonconv.conv.dispatch import OPERATORS
 from tritonconv.conv.problem import ConvProblem, Direction
 from tritonconv.conv.scaled_ops import NoGradientError
 from tritonconv.runtime.accuracy import check
+from tritonconv.runtime.device import nominal_device
 from tritonconv.runtime.entries import problem_key
 from tritonconv.runtime.tables import recording
 
@@ -381,3 +382,15 @@ def test_the_rival_of_a_float8_product_is_pytorch_in_bfloat16() -> None:
     assert {(r.dtype, r.out_dtype, r.epilogue) for r in rivals} == {(torch.bfloat16, None, None)}
     alone = operator.parse({"C": 4, "M": 4, "G": 4, "H": 4, "dtype": "float8_e4m3fn"})
     assert [a.name for a in operator.candidates(alone)] == ["aten"]
+
+
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_steps_of_float8_products_fill_a_matrix_instruction(case: str) -> None:
+    """Found on an H100: defaults of small products took steps of 16, where 32 are the least."""
+    fields = {**PROBLEMS[case], "dtype": "float8_e4m3fn", "layout": "channels_last"}
+    operator = OPERATORS[Direction.FORWARD, rank_of(fields)]
+    problem = operator.parse(fields)
+    device = nominal_device("sm_90")
+    for algorithm in operator.candidates(problem):
+        steps = {getattr(config, "block_k", 32) for config in algorithm.configs(problem, device)}
+        assert min(steps) >= 32, algorithm.name

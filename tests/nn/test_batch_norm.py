@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,14 @@ import tritonconv as tc
 from tritonconv.runtime.errors import ArgumentTypeError, ArgumentValueError
 
 pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> Iterator[None]:
+    """What float32 is compared with here is not of TF32, and neither is ours then."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
 
 RANKS = {
     1: (nn.Conv1d, nn.BatchNorm1d, tc.nn.ConvBatchNorm1d),

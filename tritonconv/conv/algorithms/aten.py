@@ -57,10 +57,11 @@ class Aten(Algorithm):
         geometry = (problem.stride, pads, problem.dilation, problem.groups)
         a, b = tensors[first], tensors[second]
         if problem.dtype is FLOAT8:
-            exact = problem.out_dtype is torch.float32 or not a.is_cuda
-            wide = torch.float32 if exact else torch.bfloat16
-            a, b = a.to(wide), b.to(wide)
-        allow_tf32 = problem.precision == "tf32" if problem.dtype is torch.float32 else None
+            # In half precision the sum would be rounded before it is scaled. TF32 loses nothing.
+            a, b = a.float(), b.float()
+            allow_tf32: bool | None = True
+        else:
+            allow_tf32 = problem.precision == "tf32" if problem.dtype is torch.float32 else None
         with cudnn_settings(allow_tf32=allow_tf32, deterministic=not settings.atomics):
             if problem.direction is Direction.FORWARD:
                 result = pytorch.forward(a, b, None, *geometry)

@@ -169,8 +169,8 @@ def _small_default(problem: ConvProblem, block_k: int, device: DeviceFacts) -> T
     """Small tiles and a split sum: what the estimate likes best."""
     rows, columns, depth = product_shape(problem)
     sms = device.sm_count
-    matrix = problem.dtype.itemsize == 2 or problem.precision == "tf32"
-    deepest = power_of_two(depth, 16, 2 * block_k if matrix else block_k)
+    matrix = problem.dtype.itemsize <= 2 or problem.precision == "tf32"
+    deepest = power_of_two(depth, _least_depth(problem), 2 * block_k if matrix else block_k)
     options = [
         (power_of_two(rows, 16, m), power_of_two(columns, 16, n), k)
         for m, n in _SMALL_TILES
