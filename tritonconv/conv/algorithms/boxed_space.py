@@ -69,13 +69,9 @@ def boxed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BoxedC
             default = dataclasses.replace(default, block_k=default.block_k // 2)
         else:
             break
-    engine = has_copy_engine(device)
+    if not has_copy_engine(device):  # boxes are read element by element: nothing to search for
+        return ConfigSpace.listed([default])
     constraints = [
-        Constraint(
-            "copy engine",
-            "this GPU has none: boxes are read element by element",
-            lambda num_warps: engine,
-        ),
         Constraint(
             "accumulator",
             "the accumulators would take most of a thread's registers",
