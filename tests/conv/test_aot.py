@@ -44,8 +44,14 @@ def test_every_algorithm_compiles(target: str, compiled: dict[str, Future[Any]])
 
 
 # Spilled bytes of the defaults that do spill; all others must not.
-# Triton 3.9 spills a little here and 3.6 nothing; the tile was the fastest measured on an H100.
-SPILLS: dict[tuple[str, str], int] = {("forward", "patchify"): 64}
+# Triton 3.9 spills a little here. Of patchify and walked 3.6 spills nothing; the tile of patchify
+# was the fastest measured on an H100.
+SPILLS: dict[tuple[str, str], int] = {
+    ("forward", "patchify"): 64,
+    ("wgrad", "walked"): 8,
+    # Nine taps of one warp fill its registers; Triton 3.6 spills eight bytes of them.
+    ("wgrad", "bundled_weights"): 16,
+}
 
 
 def test_defaults_do_not_spill_on_an_h100(compiled: dict[str, Future[Any]]) -> None:

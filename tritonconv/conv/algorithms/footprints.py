@@ -151,7 +151,7 @@ def _aligned(strides: Sequence[int], unit: int, size: int) -> bool:
     return strides[unit] == 1 and all(stride % 16 == 0 for stride in others)
 
 
-def _rows_of(problem: ConvProblem, strides: Sequence[int], channels: int) -> bool:
+def rows_of(problem: ConvProblem, strides: Sequence[int], channels: int) -> bool:
     """Whether a tile of pixels × channels streams: channels are contiguous and groups aligned."""
     size = problem.dtype.itemsize
     return _aligned(strides, 1, size) and (problem.groups == 1 or channels * size % 4 == 0)
@@ -172,7 +172,7 @@ def _product(problem: ConvProblem) -> _Product:
     channels, filters = problem.channels_per_group, problem.filters_per_group
     size = problem.dtype.itemsize
     if problem.direction is Direction.WGRAD:
-        x_streams = _rows_of(problem, problem.x_strides, channels) and (
+        x_streams = rows_of(problem, problem.x_strides, channels) and (
             channels * size % 4 == 0 or flat_rows(problem)
         )
         pixels = problem.out_size[-1] % 16 == 0 and _aligned(
@@ -185,7 +185,7 @@ def _product(problem: ConvProblem) -> _Product:
             depth=depth,
             taps=problem.groups,
             most_taps=1,
-            a_streams=_rows_of(problem, problem.y_strides, filters) or pixels,
+            a_streams=rows_of(problem, problem.y_strides, filters) or pixels,
             b_streams=x_streams,
             unrolled=False,
             row_result=problem.w_strides[1] == 1,
@@ -202,7 +202,7 @@ def _product(problem: ConvProblem) -> _Product:
             depth=channels,
             taps=problem.taps * problem.groups,
             most_taps=problem.taps,
-            a_streams=_rows_of(problem, problem.x_strides, channels),
+            a_streams=rows_of(problem, problem.x_strides, channels),
             b_streams=_weight_rows(problem),
             unrolled=True,
             row_result=problem.y_strides[1] == 1,
@@ -223,7 +223,7 @@ def _product(problem: ConvProblem) -> _Product:
         # Every tap meets one phase.
         taps=problem.taps * problem.groups,
         most_taps=reduction_steps(problem, filters),
-        a_streams=_rows_of(problem, problem.y_strides, filters),
+        a_streams=rows_of(problem, problem.y_strides, filters),
         b_streams=_weight_rows(problem),
         unrolled=phases == 1,
         row_result=problem.x_strides[1] == 1,
