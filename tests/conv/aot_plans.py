@@ -64,9 +64,15 @@ def representative(space: list[Config]) -> dict[str, Config]:
 # The general algorithms serve every layer: these are enough for them.
 HOME = {
     "banded": ("few channels",),
+    "boxed": ("3x3", "1x1", "3x3x3"),
     "dense": ("3x3", "3x3 stride 2", "small map", "3x3x3"),
+    "walked": ("3x3", "3x3 stride 2", "1x1", "3x3x3", "few channels"),
     "few_channel": ("stem",),
 }
+
+
+# float16 is bfloat16 but for its conversions, and so is a result in float8: one layer of a kind.
+ONE_OF_A_KIND = ("3x3", "stem", "depthwise", "3x3x3")
 
 
 def wanted(target: str, dtype: str, label: str, everything: bool) -> bool:
@@ -93,6 +99,8 @@ def cases(
             if rank != rank_of(fields):
                 continue
             for dtype in DTYPES:
+                if dtype in ("float16", "quantised") and layer not in ONE_OF_A_KIND:
+                    continue
                 more = {"dtype": dtype, "layout": "channels_last"}
                 if dtype in ("float8_e4m3fn", "quantised"):
                     if direction is not Direction.FORWARD:
