@@ -146,3 +146,14 @@ def test_arguments() -> None:
         tc.nn.ConvBatchNorm2d.of(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5))
     with pytest.raises(ArgumentTypeError, match="conv"):
         tc.nn.ConvBatchNorm2d.of(nn.Conv3d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+def test_a_map_without_a_batch_is_refused() -> None:
+    layer = tc.nn.ConvBatchNorm2d(3, 8, 3, padding=1)
+    before = layer.norm.running_mean.clone()
+    for x in (torch.randn(3, 8, 8), (torch.randn(1, 8, 8), torch.randn(2, 8, 8))):
+        with pytest.raises(ArgumentValueError, match="4 dimensions"):
+            layer(x)
+        with pytest.raises(ArgumentValueError, match="4 dimensions"):
+            copy.deepcopy(layer).eval()(x)
+    assert torch.equal(layer.norm.running_mean, before)

@@ -58,6 +58,14 @@ class Unnormalised:
         return apply_elementwise(program_of(key), x, reads)
 
 
+def _maps(input: Any) -> list[Tensor]:
+    """The tensors of what a module is given; others are left to the convolution to refuse."""
+    if isinstance(input, Unnormalised):
+        return [input.output]
+    given = input if isinstance(input, (tuple, list)) else [input]
+    return [t for t in given if isinstance(t, Tensor)]
+
+
 class _ConvBatchNorm(torch.nn.Module):
     """What the modules of one, two and three axes have in common."""
 
@@ -155,6 +163,10 @@ class _ConvBatchNorm(torch.nn.Module):
         In evaluation they are the convolution's epilogue, and the result is complete.
         """
         conv, norm = self.conv, self.norm
+        axes = len(conv.kernel_size) + 2
+        for t in _maps(input):
+            if t.dim() != axes:  # as of PyTorch's; the channels are looked for at axis 1
+                raise bad_value("input", f"{axes} dimensions", tuple(t.shape))
         padding: Any = conv.padding
         if conv.padding_mode != "zeros":
             if isinstance(input, Unnormalised):
