@@ -157,3 +157,8 @@ def test_a_map_without_a_batch_is_refused() -> None:
         with pytest.raises(ArgumentValueError, match="4 dimensions"):
             copy.deepcopy(layer).eval()(x)
     assert torch.equal(layer.norm.running_mean, before)
+
+
+def test_a_synchronised_normalisation_is_refused() -> None:
+    with pytest.raises(ArgumentTypeError, match="SyncBatchNorm"):
+        tc.nn.ConvBatchNorm2d.of(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4))

@@ -136,6 +136,8 @@ class _ConvBatchNorm(torch.nn.Module):
             raise bad_type("conv", f"a {cls._conv.__name__}", type(conv).__name__)
         if not isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
             raise bad_type("norm", "a batch normalisation", type(norm).__name__)
+        if isinstance(norm, torch.nn.SyncBatchNorm):
+            raise bad_type("norm", "one of this process's batch", type(norm).__name__)
         if getattr(conv, "epilogue", None) is not None:
             raise bad_value("conv", "one without an epilogue", conv)
         if norm.num_features != conv.out_channels:
