@@ -162,3 +162,13 @@ def test_a_map_without_a_batch_is_refused() -> None:
 def test_a_synchronised_normalisation_is_refused() -> None:
     with pytest.raises(ArgumentTypeError, match="SyncBatchNorm"):
         tc.nn.ConvBatchNorm2d.of(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4))
+
+
+def test_hooks_that_would_not_run_are_refused() -> None:
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(ArgumentValueError, match="hooks"):
+        tc.nn.ConvBatchNorm2d.of(conv, norm)
+    conv.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ArgumentValueError, match="conv"):
+        tc.nn.ConvBatchNorm2d.of(conv, nn.BatchNorm2d(4))

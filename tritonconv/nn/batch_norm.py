@@ -21,6 +21,7 @@ from ..conv.fused_input_ops import apply_elementwise
 from ..conv.prologue import bind_prologue
 from ..runtime.errors import bad_type, bad_value
 from .conv import Conv1d, Conv2d, Conv3d, PlainConv
+from .fold import _hooked
 
 Tensor = torch.Tensor
 Scalar = Callable[..., Any]
@@ -138,6 +139,9 @@ class _ConvBatchNorm(torch.nn.Module):
             raise bad_type("norm", "a batch normalisation", type(norm).__name__)
         if isinstance(norm, torch.nn.SyncBatchNorm):
             raise bad_type("norm", "one of this process's batch", type(norm).__name__)
+        for name, part in (("conv", conv), ("norm", norm)):
+            if _hooked(part):  # neither is called: a hook of theirs would never run
+                raise bad_value(name, "one without hooks", part)
         if getattr(conv, "epilogue", None) is not None:
             raise bad_value("conv", "one without an epilogue", conv)
         if norm.num_features != conv.out_channels:
