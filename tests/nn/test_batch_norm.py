@@ -172,3 +172,19 @@ def test_hooks_that_would_not_run_are_refused() -> None:
     conv.register_forward_pre_hook(lambda *_: None)
     with pytest.raises(ArgumentValueError, match="conv"):
         tc.nn.ConvBatchNorm2d.of(conv, nn.BatchNorm2d(4))
+
+
+def test_a_normalisation_without_bias(device: torch.device) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(device)
+    plain[1].bias = None
+    nn.init.normal_(plain[1].weight, 1.0, 0.3)
+    ours = tc.nn.ConvBatchNorm2d.of(*copy.deepcopy(plain))
+    x = torch.randn(2, 3, 5, 5, device=device)
+    # PyTorch 2.13 makes them so; where its own module cannot do without, the function can.
+    for training in (True, False):
+        ours.train(training)
+        norm = plain[1]
+        y = nn.functional.batch_norm(
+            plain[0](x), norm.running_mean, norm.running_var, norm.weight, None, training
+        )
+        same(ours(x), y)

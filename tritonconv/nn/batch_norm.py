@@ -206,10 +206,10 @@ class _ConvBatchNorm(torch.nn.Module):
         )
 
     def _scale_and_shift(self, var: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = self.norm.weight, self.norm.bias
         scale = torch.rsqrt(var + self.norm.eps)
-        if not self.norm.affine:
-            return scale, torch.zeros_like(scale)
-        return self.norm.weight * scale, self.norm.bias
+        shift = torch.zeros_like(scale) if bias is None else bias
+        return scale if weight is None else weight * scale, shift
 
     def _track(self, y: Tensor, mean: Tensor, var: Tensor) -> None:
         """Move the running statistics as PyTorch's batch normalisation does."""
