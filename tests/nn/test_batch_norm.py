@@ -188,3 +188,17 @@ def test_a_normalisation_without_bias(device: torch.device) -> None:
             plain[0](x), norm.running_mean, norm.running_var, norm.weight, None, training
         )
         same(ours(x), y)
+
+
+def test_evaluation_in_half_precision_has_its_eps(device: torch.device) -> None:
+    layer = tc.nn.ConvBatchNorm2d(3, 4, 3, eps=1e-8, device=device).half().eval()
+    layer.norm.running_var.fill_(0.0)
+    x = torch.randn(2, 3, 5, 5, device=device).half() * 1e-3
+    y = layer(x)
+    assert y.isfinite().all()
+    norm = layer.norm
+    wide = nn.functional.conv2d(x.float(), layer.conv.weight.float())
+    scale = norm.weight.float() * (norm.running_var.float() + 1e-8).rsqrt()
+    torch.testing.assert_close(
+        y.float(), wide * scale[:, None, None], rtol=5e-3, atol=5e-3 * wide.abs().max().item() * 1e4
+    )

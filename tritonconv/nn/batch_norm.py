@@ -207,7 +207,8 @@ class _ConvBatchNorm(torch.nn.Module):
 
     def _scale_and_shift(self, var: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias = self.norm.weight, self.norm.bias
-        scale = torch.rsqrt(var + self.norm.eps)
+        # PyTorch's does not compute in half precision: eps may be nothing in it.
+        scale = torch.rsqrt(var.to(torch.promote_types(var.dtype, torch.float32)) + self.norm.eps)
         shift = torch.zeros_like(scale) if bias is None else bias
         return scale if weight is None else weight * scale, shift
 
