@@ -202,3 +202,11 @@ def test_evaluation_in_half_precision_has_its_eps(device: torch.device) -> None:
     torch.testing.assert_close(
         y.float(), wide * scale[:, None, None], rtol=5e-3, atol=5e-3 * wide.abs().max().item() * 1e4
     )
+
+
+def test_an_activation_that_is_replaced() -> None:
+    layer = tc.nn.ConvBatchNorm2d(3, 4, 3, activation=torch.relu)
+    x = torch.randn(2, 3, 6, 6)
+    assert layer(x).min() == 0
+    layer.activation = None
+    assert layer(x).min() < 0

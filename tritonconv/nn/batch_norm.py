@@ -118,9 +118,12 @@ class _ConvBatchNorm(torch.nn.Module):
         self.conv = conv
         self.norm = norm
         self.activation = activation
-        self._function = (
-            _normalise if activation is None else functools.partial(_activate, activation)
-        )
+
+    @property
+    def _function(self) -> Scalar:
+        """The scalar function of the activation that the module has now."""
+        activation = self.activation
+        return _normalise if activation is None else functools.partial(_activate, activation)
 
     @classmethod
     def of(cls, conv: Any, norm: Any, activation: Scalar | None = None) -> Any:
