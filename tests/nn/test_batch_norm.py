@@ -210,3 +210,19 @@ def test_an_activation_that_is_replaced() -> None:
     assert layer(x).min() == 0
     layer.activation = None
     assert layer(x).min() < 0
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_compiled_without_a_break(rank: int, device: torch.device) -> None:
+    layer = RANKS[rank][2](3, 4, 3, padding=1, activation=torch.relu, device=device)
+    last = RANKS[rank][2](4, 2, 3, activation=lambda v: v * 2.0, device=device)
+    x = torch.randn(2, 3, *(5,) * rank, device=device)
+
+    def chain(x: Tensor) -> Tensor:
+        return last(layer.pending(x)) + last(layer(x))
+
+    def results(fn: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+        y = fn(x)
+        return y, torch.autograd.grad(y.square().sum(), [*layer.parameters(), *last.parameters()])
+
+    same(results(torch.compile(chain, backend="aot_eager", fullgraph=True)), results(chain))

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..codegen.registry import program_of
 from ..conv import api, statistics
 from ..conv.fused_input_ops import apply_elementwise
 from ..conv.prologue import bind_prologue
@@ -55,8 +54,8 @@ class Unnormalised:
         rank = x.dim() - 2
         key, reads = bind_prologue(self.function, self.arguments, x, rank)
         if rank == 1:  # functions of one axis are traced for maps of height one
-            return apply_elementwise(program_of(key), x.unsqueeze(2), reads).squeeze(2)
-        return apply_elementwise(program_of(key), x, reads)
+            return apply_elementwise(key, x.unsqueeze(2), reads).squeeze(2)
+        return apply_elementwise(key, x, reads)
 
 
 def _maps(input: Any) -> list[Tensor]:
