@@ -146,3 +146,83 @@ def test_arguments() -> None:
         tc.nn.ConvBatchNorm2d.of(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(5))
     with pytest.raises(ArgumentTypeError, match="conv"):
         tc.nn.ConvBatchNorm2d.of(nn.Conv3d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+def test_a_map_without_a_batch_is_refused() -> None:
+    layer = tc.nn.ConvBatchNorm2d(3, 8, 3, padding=1)
+    before = layer.norm.running_mean.clone()
+    for x in (torch.randn(3, 8, 8), (torch.randn(1, 8, 8), torch.randn(2, 8, 8))):
+        with pytest.raises(ArgumentValueError, match="4 dimensions"):
+            layer(x)
+        with pytest.raises(ArgumentValueError, match="4 dimensions"):
+            copy.deepcopy(layer).eval()(x)
+    assert torch.equal(layer.norm.running_mean, before)
+
+
+def test_a_synchronised_normalisation_is_refused() -> None:
+    with pytest.raises(ArgumentTypeError, match="SyncBatchNorm"):
+        tc.nn.ConvBatchNorm2d.of(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4))
+
+
+def test_hooks_that_would_not_run_are_refused() -> None:
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(ArgumentValueError, match="hooks"):
+        tc.nn.ConvBatchNorm2d.of(conv, norm)
+    conv.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ArgumentValueError, match="conv"):
+        tc.nn.ConvBatchNorm2d.of(conv, nn.BatchNorm2d(4))
+
+
+def test_a_normalisation_without_bias(device: torch.device) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(device)
+    plain[1].bias = None
+    nn.init.normal_(plain[1].weight, 1.0, 0.3)
+    ours = tc.nn.ConvBatchNorm2d.of(*copy.deepcopy(plain))
+    x = torch.randn(2, 3, 5, 5, device=device)
+    # PyTorch 2.13 makes them so; where its own module cannot do without, the function can.
+    for training in (True, False):
+        ours.train(training)
+        norm = plain[1]
+        y = nn.functional.batch_norm(
+            plain[0](x), norm.running_mean, norm.running_var, norm.weight, None, training
+        )
+        same(ours(x), y)
+
+
+def test_evaluation_in_half_precision_has_its_eps(device: torch.device) -> None:
+    layer = tc.nn.ConvBatchNorm2d(3, 4, 3, eps=1e-8, device=device).half().eval()
+    layer.norm.running_var.fill_(0.0)
+    x = torch.randn(2, 3, 5, 5, device=device).half() * 1e-3
+    y = layer(x)
+    assert y.isfinite().all()
+    norm = layer.norm
+    wide = nn.functional.conv2d(x.float(), layer.conv.weight.float())
+    scale = norm.weight.float() * (norm.running_var.float() + 1e-8).rsqrt()
+    torch.testing.assert_close(
+        y.float(), wide * scale[:, None, None], rtol=5e-3, atol=5e-3 * wide.abs().max().item() * 1e4
+    )
+
+
+def test_an_activation_that_is_replaced() -> None:
+    layer = tc.nn.ConvBatchNorm2d(3, 4, 3, activation=torch.relu)
+    x = torch.randn(2, 3, 6, 6)
+    assert layer(x).min() == 0
+    layer.activation = None
+    assert layer(x).min() < 0
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_compiled_without_a_break(rank: int, device: torch.device) -> None:
+    layer = RANKS[rank][2](3, 4, 3, padding=1, activation=torch.relu, device=device)
+    last = RANKS[rank][2](4, 2, 3, activation=lambda v: v * 2.0, device=device)
+    x = torch.randn(2, 3, *(5,) * rank, device=device)
+
+    def chain(x: Tensor) -> Tensor:
+        return last(layer.pending(x)) + last(layer(x))
+
+    def results(fn: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+        y = fn(x)
+        return y, torch.autograd.grad(y.square().sum(), [*layer.parameters(), *last.parameters()])
+
+    same(results(torch.compile(chain, backend="aot_eager", fullgraph=True)), results(chain))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..codegen.registry import program_of
 from ..runtime.backend import uses_triton
 from ..runtime.errors import bad_type, bad_value
 from . import arguments, ops
@@ -94,7 +93,7 @@ def convolve_fused(
     geometry = (strides, pads, dilations, groups, precision)
     if before and uses_triton(x.device) and not serves(inputs[0], groups, w.shape[1]):
         # Narrow groups have kernels of their own: the prologue is a launch before them.
-        inputs, before, reads = [apply_elementwise(program_of(before), inputs[0], reads)], "", []
+        inputs, before, reads = [apply_elementwise(before, inputs[0], reads)], "", []
     results = CONV_FUSED(
         inputs, w, reads, before, operands, captures, function, False, stats and not late, *geometry
     )

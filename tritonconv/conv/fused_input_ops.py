@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ..codegen import Argument, Role, trace
-from ..codegen.elementwise import apply, pull_back
+from ..codegen.elementwise import ELEMENTWISE, _codes, apply, pull_back
 from ..codegen.program import Program, ScalarFunction
-from ..codegen.registry import program_of
+from ..codegen.registry import program_of, register_program
 from ..runtime import library, tables
 from ..runtime.backend import uses_triton
 from . import ops
@@ -372,7 +372,7 @@ def _product_gradients(
         return [grad_w, CONV_DGRAD(through, w, in_size, *geometry) if need[0] else None]
     program = program_of(ctx.prologue)
     if need_w:
-        grad_w = CONV_WGRAD(through, apply_elementwise(program, x, reads), kernel, *geometry)
+        grad_w = CONV_WGRAD(through, apply_elementwise(ctx.prologue, x, reads), kernel, *geometry)
     wanted = need[: 1 + len(reads)]
     if not any(wanted):
         return [grad_w, *[None] * (1 + len(reads))]
@@ -389,12 +389,23 @@ def _of_elements(program: Program) -> Program:
     return ScalarFunction(program, ()).with_roles(x=Role.ELEMENT).program
 
 
-def apply_elementwise(program: Program, x: Tensor, reads: Sequence[Tensor]) -> Tensor:
-    """The prologue of a whole input, in one differentiable launch."""
-    function = ScalarFunction(_of_elements(program), tuple(reads))
-    (result,) = apply(
-        function, x.shape, [x], reads, dtypes=[x.dtype], channels_last=is_channels_last(x)
-    )
+@torch.compiler.assume_constant_result
+def _elements_key(prologue: str) -> str:
+    """Key of :func:`_of_elements`: a constant where code is compiled, which cannot follow it."""
+    return register_program(_of_elements(program_of(prologue)))
+
+
+def apply_elementwise(prologue: str, x: Tensor, reads: Sequence[Tensor]) -> Tensor:
+    """A registered prologue of a whole input, in one differentiable launch."""
+    result: Tensor = ELEMENTWISE(
+        _elements_key(prologue),
+        list(x.shape),
+        [x],
+        list(reads),
+        [0],
+        _codes([x.dtype]),
+        is_channels_last(x),
+    )[0]
     return result
 
 

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..codegen.registry import program_of
 from ..conv import api, statistics
 from ..conv.fused_input_ops import apply_elementwise
 from ..conv.prologue import bind_prologue
 from ..runtime.errors import bad_type, bad_value
 from .conv import Conv1d, Conv2d, Conv3d, PlainConv
+from .fold import _hooked
 
 Tensor = torch.Tensor
 Scalar = Callable[..., Any]
@@ -54,8 +54,16 @@ class Unnormalised:
         rank = x.dim() - 2
         key, reads = bind_prologue(self.function, self.arguments, x, rank)
         if rank == 1:  # functions of one axis are traced for maps of height one
-            return apply_elementwise(program_of(key), x.unsqueeze(2), reads).squeeze(2)
-        return apply_elementwise(program_of(key), x, reads)
+            return apply_elementwise(key, x.unsqueeze(2), reads).squeeze(2)
+        return apply_elementwise(key, x, reads)
+
+
+def _maps(input: Any) -> list[Tensor]:
+    """The tensors of what a module is given; others are left to the convolution to refuse."""
+    if isinstance(input, Unnormalised):
+        return [input.output]
+    given = input if isinstance(input, (tuple, list)) else [input]
+    return [t for t in given if isinstance(t, Tensor)]
 
 
 class _ConvBatchNorm(torch.nn.Module):
@@ -109,9 +117,12 @@ class _ConvBatchNorm(torch.nn.Module):
         self.conv = conv
         self.norm = norm
         self.activation = activation
-        self._function = (
-            _normalise if activation is None else functools.partial(_activate, activation)
-        )
+
+    @property
+    def _function(self) -> Scalar:
+        """The scalar function of the activation that the module has now."""
+        activation = self.activation
+        return _normalise if activation is None else functools.partial(_activate, activation)
 
     @classmethod
     def of(cls, conv: Any, norm: Any, activation: Scalar | None = None) -> Any:
@@ -128,6 +139,11 @@ class _ConvBatchNorm(torch.nn.Module):
             raise bad_type("conv", f"a {cls._conv.__name__}", type(conv).__name__)
         if not isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):
             raise bad_type("norm", "a batch normalisation", type(norm).__name__)
+        if isinstance(norm, torch.nn.SyncBatchNorm):
+            raise bad_type("norm", "one of this process's batch", type(norm).__name__)
+        for name, part in (("conv", conv), ("norm", norm)):
+            if _hooked(part):  # neither is called: a hook of theirs would never run
+                raise bad_value(name, "one without hooks", part)
         if getattr(conv, "epilogue", None) is not None:
             raise bad_value("conv", "one without an epilogue", conv)
         if norm.num_features != conv.out_channels:
@@ -155,6 +171,10 @@ class _ConvBatchNorm(torch.nn.Module):
         In evaluation they are the convolution's epilogue, and the result is complete.
         """
         conv, norm = self.conv, self.norm
+        axes = len(conv.kernel_size) + 2
+        for t in _maps(input):
+            if t.dim() != axes:  # as of PyTorch's; the channels are looked for at axis 1
+                raise bad_value("input", f"{axes} dimensions", tuple(t.shape))
         padding: Any = conv.padding
         if conv.padding_mode != "zeros":
             if isinstance(input, Unnormalised):
@@ -188,10 +208,11 @@ class _ConvBatchNorm(torch.nn.Module):
         )
 
     def _scale_and_shift(self, var: Tensor) -> tuple[Tensor, Tensor]:
-        scale = torch.rsqrt(var + self.norm.eps)
-        if not self.norm.affine:
-            return scale, torch.zeros_like(scale)
-        return self.norm.weight * scale, self.norm.bias
+        weight, bias = self.norm.weight, self.norm.bias
+        # PyTorch's does not compute in half precision: eps may be nothing in it.
+        scale = torch.rsqrt(var.to(torch.promote_types(var.dtype, torch.float32)) + self.norm.eps)
+        shift = torch.zeros_like(scale) if bias is None else bias
+        return scale if weight is None else weight * scale, shift
 
     def _track(self, y: Tensor, mean: Tensor, var: Tensor) -> None:
         """Move the running statistics as PyTorch's batch normalisation does."""
