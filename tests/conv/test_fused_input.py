@@ -476,6 +476,13 @@ def test_refusals() -> None:
         tc.conv_transpose2d(x, w, prologue=relu)  # type: ignore[call-arg]
 
 
+def test_operands_that_are_no_sequence_are_refused() -> None:
+    x, w = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 1, 1)
+    for more in ({}, {"prologue": lambda x, s: x * s}):
+        with pytest.raises(ArgumentTypeError, match="prologue_args: expected a sequence"):
+            tc.conv2d(x, w, prologue_args=torch.ones(2), **more)
+
+
 def test_a_function_of_other_arguments_is_refused() -> None:
     x, w = torch.randn(1, 3, 5, 5), torch.randn(4, 3, 3, 3)
     with pytest.raises(tc.TritonConvError, match="prologue_args"):

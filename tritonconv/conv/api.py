@@ -14,6 +14,11 @@ from .fused_input_calls import convolve_fused
 Tensor = torch.Tensor
 
 
+def _given(operands: object) -> bool:
+    """Whether there are any; what is no sequence counts, to be refused where all is checked."""
+    return type(operands) not in (tuple, list) or len(operands) > 0  # type: ignore[arg-type]
+
+
 def conv1d(
     input: Tensor | tuple[Tensor, Tensor],
     weight: Tensor,
@@ -64,7 +69,7 @@ def conv1d(
         >>> tc.conv1d(x, w, padding="causal", dilation=4, epilogue=torch.tanh).shape
         torch.Size([2, 8, 32])
     """
-    if prologue is not None or prologue_args or type(input) in (tuple, list):
+    if prologue is not None or _given(prologue_args) or type(input) in (tuple, list):
         return convolve_fused(
             1,
             input,
@@ -159,7 +164,7 @@ def conv2d(
         >>> y.shape
         torch.Size([2, 8, 16, 16])
     """
-    if prologue is not None or prologue_args or type(input) in (tuple, list):
+    if prologue is not None or _given(prologue_args) or type(input) in (tuple, list):
         return convolve_fused(
             2,
             input,
@@ -235,7 +240,7 @@ def conv3d(
         >>> tc.conv3d(x, w, b, stride=(1, 2, 2), padding=1, epilogue=torch.relu).shape
         torch.Size([1, 4, 6, 4, 4])
     """
-    if prologue is not None or prologue_args or type(input) in (tuple, list):
+    if prologue is not None or _given(prologue_args) or type(input) in (tuple, list):
         return convolve_fused(
             3,
             input,

@@ -59,6 +59,8 @@ def convolve_fused(
     if epilogue is None and epilogue_args:
         raise bad_value("epilogue_args", "none without an epilogue", f"{len(epilogue_args)}")
     arguments.check_epilogue_args(x, (x.shape[0], w.shape[0], *size), epilogue_args)
+    if not isinstance(prologue_args, (tuple, list)):
+        raise bad_type("prologue_args", "a sequence of tensors", type(prologue_args).__name__)
     if prologue is None and prologue_args:
         raise bad_value("prologue_args", "none without a prologue", f"{len(prologue_args)}")
     if prologue is not None and len(inputs) == 2:
