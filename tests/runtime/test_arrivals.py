@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -38,6 +39,26 @@ def test_slices_are_aligned_disjoint_and_never_given_twice(
         pass  # until the slab is used up
     assert arrivals._slice(0, 4096, captured=False) is not None
     assert arrivals._slice(0, 4096, captured=True) is not None
+
+
+def test_memory_of_replaced_counters_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrivals, "_slabs", {})
+    monkeypatch.setattr(
+        arrivals, "_fresh", lambda index, count: torch.zeros(count, dtype=torch.int32)
+    )
+    arrivals._slice(0, 128, captured=False)
+    first = weakref.ref(arrivals._slabs[0][0])
+    arrivals._slice(0, arrivals._SLAB, captured=False)
+    assert first() is not None and first() is not arrivals._slabs[0][0]
+
+
+def test_failed_allocation_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(index: int) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch.cuda, "Stream", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        arrivals._fresh(0, 128)
 
 
 @pytest.mark.gpu

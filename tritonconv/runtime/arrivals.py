@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -24,6 +25,8 @@ _Key = tuple[int, int, int]
 _held: dict[_Key, torch.Tensor] = {}
 _slabs: dict[int, tuple[torch.Tensor, int]] = {}
 """By device: zeroed memory, and how much of it is given away."""
+_kept: list[torch.Tensor] = []
+"""All of it, for ever: kernels under way and captured graphs use slices that nobody holds."""
 
 
 def arrival_counters(count: int, device: torch.device) -> torch.Tensor:
@@ -66,24 +69,23 @@ def _slice(index: int, count: int, captured: bool) -> torch.Tensor | None:
         return None
     if slab is None or (not captured and room < size + _RESERVE):
         slab, used = _fresh(index, max(_SLAB, size + _RESERVE)), 0
+        _kept.append(slab)
     _slabs[index] = (slab, used + size)
     return slab[used : used + size]
 
 
 def _fresh(index: int, count: int) -> torch.Tensor:
     """Zeros outside every memory pool that the caller may be in, complete for all streams."""
-    made: list[torch.Tensor] = []
 
-    def make() -> None:
+    def make() -> torch.Tensor:
         with torch.inference_mode(False), torch.cuda.stream(torch.cuda.Stream(index)):
-            made.append(torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", index)))
+            made = torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", index))
             torch.cuda.current_stream(index).synchronize()
+        return made
 
     # A pool for graphs takes what its thread, or its stream, allocates.
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(make).result()
 
 
 _CAPTURING = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
