@@ -15,7 +15,12 @@ X, K, B = torch.randn(1, 4, 6, 6), torch.randn(6, 4, 3, 3), torch.randn(6)
 
 # name: (changed arguments, error, message)
 CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "input, no tensor": (dict(input=[1.0]), TypeError, "input: expected a tensor, got list"),
+    "input, no tensor": (dict(input=1.0), TypeError, "input: expected a tensor, got float"),
+    "input, a list of something else": (
+        dict(input=[1.0]),
+        TypeError,
+        "input: expected a tensor or two, got float",
+    ),
     "input, dimensions": (
         dict(input=torch.randn(4, 6)),
         ValueError,
@@ -132,6 +137,17 @@ CASES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         dict(precision="fp8"),
         ValueError,
         "precision: expected ieee | tf32x3 | tf32, got 'fp8'",
+    ),
+    "prologue": (dict(prologue=3), TypeError, "prologue: expected"),
+    "prologue_args, without": (
+        dict(prologue_args=(X,)),
+        ValueError,
+        "prologue_args: expected none without a prologue",
+    ),
+    "prologue_args, no sequence": (
+        dict(prologue=torch.mul, prologue_args=X),
+        TypeError,
+        "prologue_args: expected a sequence of tensors, got Tensor",
     ),
     "precision, half": (
         dict(input=X.half(), weight=K.half(), bias=B.half(), precision="x"),
@@ -329,9 +345,7 @@ def test_signatures_are_pytorchs_and_ours(transposed: bool) -> None:
     for rank in (1, 2, 3):
         function = getattr(tc, f"conv{'_transpose' if transposed else ''}{rank}d")
         parameters = inspect.signature(function).parameters
-        assert list(parameters) == [*names, "epilogue", "epilogue_args", "precision"]
-        assert [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] == [
-            "epilogue",
-            "epilogue_args",
-            "precision",
-        ]
+        own = ["epilogue", "epilogue_args", "precision"]
+        own += [] if transposed else ["prologue", "prologue_args"]
+        assert list(parameters) == [*names, *own]
+        assert [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] == own
