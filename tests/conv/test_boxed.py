@@ -240,3 +240,10 @@ def test_the_launch_behind_a_wrapper_is_found() -> None:
     assert launch is not None
     launch(1, 2, 3, 99, ["map", 8, 8, 8, 1])
     assert seen[0][:5] == (1, 2, 3, 99, 7) and seen[0][-5:] == ("map", 8, 8, 8, 1)
+
+
+def test_a_map_whose_pixels_pass_32_bits_is_refused() -> None:
+    fields = {"N": 2**15, "C": 8, "M": 8, "H": 256, "K": 1, "dtype": "bfloat16"}
+    problem = OPERATORS[Direction.FORWARD, 2].parse({**fields, "layout": "channels_last"})
+    reason = OPERATORS[Direction.FORWARD, 2].algorithm("boxed").supports(problem)
+    assert reason == "input with 2^31 pixels or more"

@@ -131,6 +131,8 @@ def unsuited(problem: ConvProblem) -> str | None:
             return f"{name} strides that are no multiple of {row}"
         if any(extent * hop >= 2**39 for extent, hop in zip(size, strides, strict=True)):
             return f"{name} too large"
+        if math.prod(size) >= 2**31:  # boxes are counted, and placed along an axis, in 32 bits
+            return f"{name} with 2^31 pixels or more"
     return None
 
 
