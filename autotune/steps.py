@@ -26,6 +26,7 @@ EAGER, OURS = "PyTorch", "tritonconv"
 COMPILED = ", compiled"
 WARM_UP = 5
 ROUNDS = 3
+INTERRUPTED = "interrupted: fewer steps than asked"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def step_times(
     compiled: bool = False,
     steps: int = 20,
     device: torch.device | str = "cuda",
-    progress: Callable[[StepTime], None] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> list[StepTime]:
     """Time forward, backward and SGD with momentum of a model before and after ``nn.convert``.
 
@@ -77,9 +78,13 @@ def step_times(
         compiled: also time both under ``torch.compile``.
         steps: of each contender in each of three rounds.
         device: the GPU; a CPU is timed by the host's clock.
-        progress: told of every contender when it is done.
+        progress: told in a line what is being done; a first step compiles, which takes a while.
+
+    Returns:
+        A row for every contender. After Ctrl-C they hold what was timed until then, and say so.
 
     Raises:
+        KeyboardInterrupt: interrupted before any step was timed.
         NoDeviceError: there is no GPU.
         ArgumentValueError: an unknown name, argument, dtype or layout.
     """
@@ -94,16 +99,22 @@ def step_times(
     if compiled:
         for who in (EAGER, OURS):
             contenders.append(_Contender(who, model, images, dtype, layout, compiled=True))
-    for contender in contenders:
-        contender.warm_up()
-    for _ in range(ROUNDS):
+    say = progress or (lambda line: None)
+    try:
         for contender in contenders:
-            contender.run(steps)
-    found = [contender.result() for contender in contenders]
-    for result in found:
-        if progress is not None:
-            progress(result)
-    return found
+            say(f"{contender.name}: first step")
+            contender.warm_up()
+            say(f"{contender.name}: {contender.reason or f'{contender.first_s:.1f} s'}")
+        for turn in range(ROUNDS):
+            say(f"round {turn + 1} of {ROUNDS}, {steps} steps each")
+            for contender in contenders:
+                contender.run(steps)
+    except KeyboardInterrupt:
+        if not any(contender.milliseconds for contender in contenders):
+            raise
+        for contender in contenders:
+            contender.reason = contender.reason or INTERRUPTED
+    return [contender.result() for contender in contenders]
 
 
 class _Contender:
@@ -199,7 +210,7 @@ class _Contender:
     def result(self) -> StepTime:
         times = self.milliseconds
         timing = None
-        if times and not self.reason:
+        if times and self.reason in ("", INTERRUPTED):
             low, *_, high = statistics.quantiles(times, n=5) if len(times) > 1 else times * 2
             timing = Timing(statistics.median(times), low, high, len(times))
         reason = self.reason

@@ -113,7 +113,8 @@ def bench(
                 raise bad_value(name, "without --model", "with it")
         arguments = parse_shape(model_args) if model_args else None
         options = _step_options(batch, size, channels, dtype, layout)
-        _steps(out, model, step_times(model, arguments, **options, compiled=compiled))
+        times = step_times(model, arguments, **options, compiled=compiled, progress=out.say)
+        _steps(out, model, times)
         return
     wanted = str(shapes or suite)
     lab = CudaLab()

@@ -64,6 +64,39 @@ def test_a_contender_that_cannot_run_does_not_stop_the_others() -> None:
     assert ours.timing is None and ours.reason == "ValueError: not with me"
 
 
+class Interrupted(Net):
+    """Ctrl-C in the second round of the second contender."""
+
+    left = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if type(self.first).__module__.startswith("tritonconv"):
+            Interrupted.left -= 1
+            if Interrupted.left == 0:
+                raise KeyboardInterrupt
+        return super().forward(x)
+
+
+def test_says_what_it_does_and_keeps_what_it_has() -> None:
+    Interrupted.left = steps.WARM_UP + 2 * (3 + 1)
+    said: list[str] = []
+    rows = steps.step_times(
+        "test_steps:Interrupted",
+        batch=1,
+        size=(8, 8),
+        dtype="float32",
+        steps=3,
+        device="cpu",
+        progress=said.append,
+    )
+    assert [row.timing.count for row in rows if row.timing] == [6, 3]
+    assert {row.reason for row in rows} == {steps.INTERRUPTED}
+    assert said[0] == "PyTorch: first step" and said[-1].startswith("round 2 of 3")
+    Interrupted.left = 2
+    with pytest.raises(KeyboardInterrupt):
+        steps.step_times("test_steps:Interrupted", batch=1, size=(8, 8), steps=3, device="cpu")
+
+
 def test_volumes() -> None:
     (theirs, _) = steps.step_times(
         "test_steps:Net", {"rank": 3}, batch=1, size=(4, 6, 8), steps=2, device="cpu"

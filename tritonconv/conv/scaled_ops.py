@@ -120,12 +120,15 @@ def _with_torch(
     out_dtype: torch.dtype,
     geometry: tuple[Any, ...],
 ) -> Tensor:
-    """PyTorch's product of the widened operands; bfloat16 holds every float8 number."""
+    """PyTorch's product of the widened operands; bfloat16 and TF32 hold every float8 number.
+
+    A bfloat16 product is rounded before the scales: good enough for results that are no finer.
+    """
     stride, padding, dilation, groups, precision = geometry
     if x.dtype is FLOAT8:
-        exact = x.device.type == "cpu" or out_dtype is torch.float32
-        wide = torch.float32 if exact else torch.bfloat16
-        x, w, precision = x.to(wide), w.to(wide), "ieee"
+        coarse = out_dtype in (torch.bfloat16, FLOAT8)
+        wide = torch.bfloat16 if coarse and x.device.type != "cpu" else torch.float32
+        x, w, precision = x.to(wide), w.to(wide), "tf32"
     acc = product_with_torch(x, w, stride, padding, dilation, groups, precision)
     y = apply_with_torch(function, acc.float(), operands, captures)
     return torch.empty_like(acc, dtype=out_dtype).copy_(y)
