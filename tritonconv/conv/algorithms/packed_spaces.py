@@ -1,0 +1,124 @@
+"""The config space of packed phases: cells of a unit, tiles of units, steps."""
+
+from __future__ import annotations
+
+import functools
+
+from ...runtime.device import DeviceFacts
+from ...runtime.space import Bool, Choice, ConfigSpace, Constraint, PowerOfTwo
+from ..problem import ConvProblem
+from .packed_geometry import MOST_COLUMNS, PackedConfig, Product, product_of, runs_within
+from .tiles import power_of_two
+
+_MOST_RUNS = 5
+_FLOPS = 5e14
+"""Multiply-adds × 2 per second of a full H100 in tiles like these; orders of magnitude only."""
+_LOADS = 7e12
+"""Bytes per second from its caches to the multiprocessors, likewise."""
+_STEP = 6e-10
+"""Seconds that a step of a program costs beside, with 400 programs under way."""
+_MULTIPROCESSORS = 132
+_SHARED_BYTES = 220_000
+Run = tuple[int, int, int]
+
+
+def is_scalar(problem: ConvProblem) -> bool:
+    """Whether products are formed on scalar units."""
+    return problem.dtype.itemsize == 4 and problem.precision == "ieee"
+
+
+def _block_k(problem: ConvProblem) -> int:
+    """Output channels of a step of the default: one row of 128 bytes."""
+    return power_of_two(problem.out_channels, 16, 128 // problem.dtype.itemsize)
+
+
+def packed_seconds(problem: ConvProblem, run: Run, block_m: int = 128) -> float:
+    """An estimate of the product's time that puts units in order."""
+    block_k = _block_k(problem)
+    product = product_of(problem, run, block_k)
+    tiles = -(-product.units // block_m)
+    each = (block_m + product.block_n) * block_k * problem.dtype.itemsize
+    # Instructions of fewer columns wait for their rows in shared memory.
+    flops = 2.0 * block_m * product.steps * block_k * max(product.block_n, 32)
+    rate = _FLOPS * (0.06 if is_scalar(problem) else 2 / problem.dtype.itemsize)
+    compute, transfer = flops / rate, product.steps * each / _LOADS
+    seconds = max(compute, transfer) + 0.3 * min(compute, transfer) + product.steps * _STEP
+    # Programs under way at once, by their three stages in shared memory.
+    at_once = _MULTIPROCESSORS * max(1, min(8, _SHARED_BYTES // (3 * each)))
+    # The last of them leave some multiprocessors idle.
+    return seconds * (tiles + at_once * -(-tiles // at_once)) / 2
+
+
+@functools.lru_cache(maxsize=1024)
+def best_runs(problem: ConvProblem) -> tuple[Run, ...]:
+    """The units worth trying, by their estimated time: the best of each width of a tile first.
+
+    Of units that differ in their orientation only, one is tried, the widest.
+    """
+    block_k = _block_k(problem)
+    found: dict[Product, Run] = {}
+    for run in runs_within(problem, 32 if is_scalar(problem) else MOST_COLUMNS):
+        kept = found.setdefault(product_of(problem, run, block_k), run)
+        if run[::-1] > kept[::-1]:
+            found[product_of(problem, run, block_k)] = run
+    ranked = sorted(found.values(), key=lambda run: (packed_seconds(problem, run), run))
+    firsts: dict[int, Run] = {}
+    for run in ranked:
+        firsts.setdefault(product_of(problem, run, block_k).block_n, run)
+    chosen = dict.fromkeys((*firsts.values(), *ranked))
+    return tuple(chosen)[:_MOST_RUNS]
+
+
+def _default(problem: ConvProblem, device: DeviceFacts) -> PackedConfig:
+    run = best_runs(problem)[0]
+    block_k = _block_k(problem)
+    product = product_of(problem, run, block_k)
+    block_m = 64 if is_scalar(problem) else 128
+    while block_m > 64 and -(-product.units // block_m) < device.sm_count:
+        block_m //= 2
+    if is_scalar(problem):
+        block_k = min(block_k, 16)
+    warps = 8 if block_m * product.block_n > 8192 and not is_scalar(problem) else 4
+    roomy = device.arch in ("sm_80", "sm_90", "sm_100")
+    return PackedConfig(*run, block_m, block_k, warps, 3 if roomy else 2)
+
+
+def packed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[PackedConfig]:
+    """Units that fill a tile's columns, tiles of 64 to 256 of them."""
+    found = best_runs(problem)
+    default = _default(problem, device)
+    scalar = is_scalar(problem)
+    half = problem.dtype.itemsize == 2
+    k_most = power_of_two(problem.out_channels, 16, 16 if scalar else 64 if half else 32)
+    k_least = min(k_most, 32 if half else 16)
+
+    def held(run_d: int, run_h: int, run_w: int, block_m: int) -> int:
+        return block_m * product_of(problem, (run_d, run_h, run_w), k_most).block_n
+
+    def warps(run_d: int, run_h: int, run_w: int, block_m: int, num_warps: int) -> bool:
+        accumulators = held(run_d, run_h, run_w, block_m)
+        most = 2048 if scalar else 4096
+        return accumulators <= most * num_warps and (num_warps == 4 or block_m >= 128)
+
+    return ConfigSpace(
+        PackedConfig,
+        (
+            Choice("run_d", tuple(sorted({run[0] for run in found})), ordered=True),
+            Choice("run_h", tuple(sorted({run[1] for run in found})), ordered=True),
+            Choice("run_w", tuple(sorted({run[2] for run in found})), ordered=True),
+            PowerOfTwo("block_m", 64, 128 if scalar else 256),
+            PowerOfTwo("block_k", k_least, k_most),
+            PowerOfTwo("num_warps", 4, 8),
+            Choice("num_stages", (2, 3, 4, 5) if half else (2, 3), ordered=True),
+            Bool("cached") if half else Choice("cached", (0,)),
+        ),
+        (
+            Constraint(
+                "unit",
+                "the unit's columns would leave much of a tile empty, or it reads too much",
+                lambda run_d, run_h, run_w: (run_d, run_h, run_w) in found,
+            ),
+            Constraint("warps", "too many accumulators for a thread, or too few rows", warps),
+        ),
+        default,
+    )
