@@ -38,7 +38,6 @@ class PackedPhases(Algorithm):
         "packed_geometry",
         "packed_products",
         "packed_spaces",
-        "tiles",
     )
 
     def supports(self, problem: ConvProblem) -> str | None:

@@ -8,9 +8,8 @@ from ...runtime.device import DeviceFacts
 from ...runtime.space import Bool, Choice, ConfigSpace, Constraint, PowerOfTwo
 from ..problem import ConvProblem
 from .packed_geometry import MOST_COLUMNS, PackedConfig, Product, product_of, runs_within
-from .tiles import power_of_two
 
-_MOST_RUNS = 5
+_MOST_RUNS = 4
 _FLOPS = 5e14
 """Multiply-adds × 2 per second of a full H100 in tiles like these; orders of magnitude only."""
 _LOADS = 7e12
@@ -27,14 +26,19 @@ def is_scalar(problem: ConvProblem) -> bool:
     return problem.dtype.itemsize == 4 and problem.precision == "ieee"
 
 
-def _block_k(problem: ConvProblem) -> int:
-    """Output channels of a step of the default: one row of 128 bytes."""
-    return power_of_two(problem.out_channels, 16, 128 // problem.dtype.itemsize)
+def _blocks_k(problem: ConvProblem) -> tuple[int, ...]:
+    """Output channels of a step, widest first: rows of 128 bytes at most that pad little."""
+    filters = problem.out_channels
+    most = 16 if is_scalar(problem) else 128 // problem.dtype.itemsize
+    blocks = [most >> e for e in range(3) if most >> e >= 16]
+    padded = {block: -(-filters // block) * block for block in blocks}
+    least = min(padded.values())
+    return tuple(block for block in blocks if padded[block] <= 1.15 * least)[:2]
 
 
 def packed_seconds(problem: ConvProblem, run: Run, block_m: int = 128) -> float:
     """An estimate of the product's time that puts units in order."""
-    block_k = _block_k(problem)
+    block_k = _blocks_k(problem)[0]
     product = product_of(problem, run, block_k)
     tiles = -(-product.units // block_m)
     each = (block_m + product.block_n) * block_k * problem.dtype.itemsize
@@ -46,7 +50,10 @@ def packed_seconds(problem: ConvProblem, run: Run, block_m: int = 128) -> float:
     # Programs under way at once, by their three stages in shared memory.
     at_once = _MULTIPROCESSORS * max(1, min(8, _SHARED_BYTES // (3 * each)))
     # The last of them leave some multiprocessors idle.
-    return seconds * (tiles + at_once * -(-tiles // at_once)) / 2
+    seconds *= (tiles + at_once * -(-tiles // at_once)) / 2
+    # Results that overhang the map's width are stored in narrower pieces.
+    overhangs = problem.in_size[-1] % (run[-1] * problem.stride[-1]) != 0
+    return 1.1 * seconds if overhangs else seconds
 
 
 @functools.lru_cache(maxsize=1024)
@@ -55,7 +62,7 @@ def best_runs(problem: ConvProblem) -> tuple[Run, ...]:
 
     Of units that differ in their orientation only, one is tried, the widest.
     """
-    block_k = _block_k(problem)
+    block_k = _blocks_k(problem)[0]
     found: dict[Product, Run] = {}
     for run in runs_within(problem, 32 if is_scalar(problem) else MOST_COLUMNS):
         kept = found.setdefault(product_of(problem, run, block_k), run)
@@ -71,14 +78,12 @@ def best_runs(problem: ConvProblem) -> tuple[Run, ...]:
 
 def _default(problem: ConvProblem, device: DeviceFacts) -> PackedConfig:
     run = best_runs(problem)[0]
-    block_k = _block_k(problem)
+    block_k = _blocks_k(problem)[0]
     product = product_of(problem, run, block_k)
     block_m = 64 if is_scalar(problem) else 128
     while block_m > 64 and -(-product.units // block_m) < device.sm_count:
         block_m //= 2
-    if is_scalar(problem):
-        block_k = min(block_k, 16)
-    warps = 8 if block_m * product.block_n > 8192 and not is_scalar(problem) else 4
+    warps = 8 if block_m * product.block_n >= 8192 and not is_scalar(problem) else 4
     roomy = device.arch in ("sm_80", "sm_90", "sm_100")
     return PackedConfig(*run, block_m, block_k, warps, 3 if roomy else 2)
 
@@ -89,11 +94,10 @@ def packed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Packe
     default = _default(problem, device)
     scalar = is_scalar(problem)
     half = problem.dtype.itemsize == 2
-    k_most = power_of_two(problem.out_channels, 16, 16 if scalar else 64 if half else 32)
-    k_least = min(k_most, 32 if half else 16)
+    blocks = _blocks_k(problem)
 
     def held(run_d: int, run_h: int, run_w: int, block_m: int) -> int:
-        return block_m * product_of(problem, (run_d, run_h, run_w), k_most).block_n
+        return block_m * product_of(problem, (run_d, run_h, run_w), blocks[0]).block_n
 
     def warps(run_d: int, run_h: int, run_w: int, block_m: int, num_warps: int) -> bool:
         accumulators = held(run_d, run_h, run_w, block_m)
@@ -107,9 +111,9 @@ def packed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Packe
             Choice("run_h", tuple(sorted({run[1] for run in found})), ordered=True),
             Choice("run_w", tuple(sorted({run[2] for run in found})), ordered=True),
             PowerOfTwo("block_m", 64, 128 if scalar else 256),
-            PowerOfTwo("block_k", k_least, k_most),
+            Choice("block_k", tuple(sorted(blocks)), ordered=True),
             PowerOfTwo("num_warps", 4, 8),
-            Choice("num_stages", (2, 3, 4, 5) if half else (2, 3), ordered=True),
+            Choice("num_stages", (2, 3, 4) if half else (2, 3), ordered=True),
             Bool("cached") if half else Choice("cached", (0,)),
         ),
         (
@@ -117,6 +121,16 @@ def packed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Packe
                 "unit",
                 "the unit's columns would leave much of a tile empty, or it reads too much",
                 lambda run_d, run_h, run_w: (run_d, run_h, run_w) in found,
+            ),
+            Constraint(
+                "steps",
+                "short steps pay where many of them are under way",
+                lambda block_k, num_stages: block_k == blocks[0] or num_stages == 4,
+            ),
+            Constraint(
+                "cached",
+                "more stages leave the L1 cache too little to find a window in",
+                lambda num_stages, cached: not cached or num_stages < 4,
             ),
             Constraint("warps", "too many accumulators for a thread, or too few rows", warps),
         ),
