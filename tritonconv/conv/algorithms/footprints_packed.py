@@ -23,12 +23,14 @@ def packed_footprint(problem: ConvProblem, config: PackedConfig, device: DeviceF
     if product.steps == 1:  # no loop
         buffers = 1
     pipeline = k * size * (m * (buffers if streams else 1) + n * buffers)
+    # What a step is padded with is not loaded.
+    rows = min(m, product.units) * product.offsets * problem.out_channels
     return Footprint(
         programs=tiles,
         threads=threads,
         shared_bytes=max(pipeline, m * n * size),
         accumulators=m * n // threads,
-        bytes_loaded=tiles * product.steps * (min(m, product.units) + n) * k * size,
+        bytes_loaded=tiles * size * (rows + product.steps * k * n),
         bytes_stored=size * problem.in_pixels * problem.in_channels,
         flops=2 * tiles * product.steps * m * n * k,
         steps=product.steps,

@@ -28,7 +28,7 @@ class PackedConfig(Config):
     Attributes:
         run_d, run_h, run_w: cells of a unit, each of one pixel per phase of the stride.
         block_m: units of a tile.
-        block_k: output channels of one step.
+        block_k: output channels of one step, of several neighbours where they are few.
         cached: whether windows pass the L1 cache, where those of neighbouring units overlap, in
             copies of 8 bytes; those of 16 bypass it.
     """
@@ -109,19 +109,16 @@ class Product:
         columns: elements of a unit.
         block_n: the same, rounded up to what a matrix instruction multiplies.
         offsets: output pixels of a window.
-        chunks: steps that the channels of one of them take.
+        share: neighbours in a row of the window that one step takes, of few channels each.
+        steps: of the loop over the reduction.
     """
 
     units: int
     columns: int
     block_n: int
     offsets: int
-    chunks: int
-
-    @property
-    def steps(self) -> int:
-        """Of the loop over the reduction."""
-        return self.offsets * self.chunks
+    share: int
+    steps: int
 
 
 @functools.lru_cache(maxsize=4096)
@@ -129,12 +126,16 @@ def product_of(problem: ConvProblem, run: tuple[int, int, int], block_k: int) ->
     """The product of units of ``run`` cells in steps of ``block_k`` output channels."""
     axes = axes_of(problem, run)
     columns = problem.in_channels * math.prod(axis.unit for axis in axes)
+    filters = problem.out_channels
+    share = block_k // filters if block_k % filters == 0 else 1
+    row = -(-axes[2].window // share) * -(-filters // block_k)
     return Product(
         problem.batch * math.prod(axis.units for axis in axes),
         columns,
         max(16, triton.next_power_of_2(columns)),
         math.prod(axis.window for axis in axes),
-        -(-problem.out_channels // block_k),
+        share,
+        axes[0].window * axes[1].window * row,
     )
 
 

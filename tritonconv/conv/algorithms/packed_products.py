@@ -86,12 +86,15 @@ def packed_weight_kernel(
     HOP_H: tl.constexpr,
     HOP_W: tl.constexpr,
     CHANNELS_FASTEST: tl.constexpr,
+    SHARE: tl.constexpr,
     WIDE: tl.constexpr,
     DEPTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """packed[(a, c), (chunk, q, o)] = w[o, c, r], r the tap between pixel a and window pixel q.
+
+    Where neighbours share a step, rows of the window are padded to whole steps.
 
     Pixel a lies LEAD behind the input pixel of tap 0 of the window's first pixel, and HOP input
     pixels part a window's pixels: r·dilation = a + LEAD − q·HOP where that is a tap.
@@ -102,12 +105,17 @@ def packed_weight_kernel(
     k = index % DEPTH
     n = index // DEPTH
     c, plane, row, column = _column_position(n, CHANNELS, UNIT_D, UNIT_H, UNIT_W, CHANNELS_FASTEST)
+    ROW: tl.constexpr = (WINDOW_W + SHARE - 1) // SHARE
     offset = k // BLOCK_K
-    chunk = offset // (WINDOW_D * WINDOW_H * WINDOW_W)
-    o = chunk * BLOCK_K + k % BLOCK_K
-    t = plane + LEAD_D - (offset // (WINDOW_H * WINDOW_W) % WINDOW_D) * HOP_D
-    r = row + LEAD_H - (offset // WINDOW_W % WINDOW_H) * HOP_H
-    s = column + LEAD_W - (offset % WINDOW_W) * HOP_W
+    line = offset // ROW
+    w = offset % ROW
+    o = (line // (WINDOW_D * WINDOW_H)) * BLOCK_K + k % BLOCK_K
+    if SHARE > 1:
+        w = w * SHARE + o // FILTERS
+        o = o % FILTERS
+    t = plane + LEAD_D - (line // WINDOW_H % WINDOW_D) * HOP_D
+    r = row + LEAD_H - (line % WINDOW_H) * HOP_H
+    s = column + LEAD_W - w * HOP_W
     taken = (index < elements) & (n < CHANNELS * UNIT_D * UNIT_H * UNIT_W) & (o < FILTERS)
     taken = taken & (t >= 0) & (t % DILATION_D == 0) & (t < KERNEL_D * DILATION_D)
     taken = taken & (r >= 0) & (r % DILATION_H == 0) & (r < KERNEL_H * DILATION_H)
@@ -155,6 +163,7 @@ def packed_dgrad_kernel(
     OVERHANG_W: tl.constexpr,
     CHANNELS_FASTEST: tl.constexpr,
     FLAT_ROWS: tl.constexpr,
+    SHARE: tl.constexpr,
     CACHED: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
@@ -172,7 +181,8 @@ def packed_dgrad_kernel(
         batch = widen(batch)
         x_strides = widen_all(x_strides)
         y_strides = widen_all(y_strides)
-    OFFSETS: tl.constexpr = WINDOW_D * WINDOW_H * WINDOW_W
+    ROW: tl.constexpr = (WINDOW_W + SHARE - 1) // SHARE
+    OFFSETS: tl.constexpr = WINDOW_D * WINDOW_H * ROW
     CHUNKS: tl.constexpr = (FILTERS + BLOCK_K - 1) // BLOCK_K
     DEPTH: tl.constexpr = OFFSETS * CHUNKS * BLOCK_K
     COLUMNS: tl.constexpr = CHANNELS * UNIT_D * UNIT_H * UNIT_W
@@ -198,23 +208,34 @@ def packed_dgrad_kernel(
         else:
             offset = step % OFFSETS
             o = (step // OFFSETS) * BLOCK_K + k
-        d, h = row_position(offset // WINDOW_W, WINDOW_D, WINDOW_H)
+        d, h = row_position(offset // ROW, WINDOW_D, WINDOW_H)
         d *= SKIP_D
         h *= SKIP_H
-        w = (offset % WINDOW_W) * SKIP_W
+        w = (offset % ROW) * (SHARE * SKIP_W)
         taken = mask_m
         if CHECK_D:
             taken = taken & within(first_plane + d, out_size[0])
         if CHECK_H:
             taken = taken & within(first_row + h, out_size[1])
-        if CHECK_W:
-            taken = taken & within(first_column + w, out_size[2])
-        mask = taken[:, None]
-        if FILTERS % BLOCK_K != 0:
-            mask = mask & (o < FILTERS)[None, :]
+        if SHARE > 1:
+            # Pixels, not elements, so that the compiler sees whole vectors with one bound.
+            neighbour = (k // FILTERS) * SKIP_W
+            mask = taken[:, None]
+            if CHECK_W:
+                mask = mask & within((first_column + w)[:, None] + neighbour[None, :], out_size[2])
+            if WINDOW_W % SHARE != 0:
+                mask = mask & (neighbour < WINDOW_W * SKIP_W - w)[None, :]
+            y_columns = (k % FILTERS) * y_strides[1] + neighbour * y_strides[4]
+        else:
+            if CHECK_W:
+                taken = taken & within(first_column + w, out_size[2])
+            mask = taken[:, None]
+            if FILTERS % BLOCK_K != 0:
+                mask = mask & (o < FILTERS)[None, :]
+            y_columns = o * y_strides[1]
         if CACHED:
             mask = mask & in_half_vectors(k, BLOCK_K)[None, :]
-        y_offsets = (y_rows + tap_offset(y_strides, d, h, w))[:, None] + (o * y_strides[1])[None, :]
+        y_offsets = (y_rows + tap_offset(y_strides, d, h, w))[:, None] + y_columns[None, :]
         a = tl.load(grad_ptr + y_offsets, mask=mask, other=0.0)
         b = tl.load(packed)
         packed += BLOCK_K
@@ -280,6 +301,7 @@ def packed_plan(problem: ConvProblem, config: PackedConfig) -> LaunchPlan:
         "CHANNELS": problem.in_channels,
         "FILTERS": problem.out_channels,
         "CHANNELS_FASTEST": channels_fastest,
+        "SHARE": product.share,
         "BLOCK_K": config.block_k,
     }
     kernel, stride = lifted(problem.kernel, 1), lifted(problem.stride, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from ...runtime.device import DeviceFacts
-from ...runtime.space import Bool, Choice, ConfigSpace, Constraint, PowerOfTwo
+from ...runtime.space import Bool, Choice, ConfigSpace, Constraint, Int, PowerOfTwo
 from ..problem import ConvProblem
 from .packed_geometry import MOST_COLUMNS, PackedConfig, Product, product_of, runs_within
 
@@ -26,28 +26,34 @@ def is_scalar(problem: ConvProblem) -> bool:
     return problem.dtype.itemsize == 4 and problem.precision == "ieee"
 
 
-def _blocks_k(problem: ConvProblem) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=4096)
+def blocks_k(problem: ConvProblem, run: Run) -> tuple[int, ...]:
     """Output channels of a step, widest first: rows of 128 bytes at most that pad little."""
-    filters = problem.out_channels
     most = 16 if is_scalar(problem) else 128 // problem.dtype.itemsize
+    if problem.y_strides[1] != 1:
+        most = min(most, 32)  # addresses of channels that are far apart take registers
     blocks = [most >> e for e in range(3) if most >> e >= 16]
-    padded = {block: -(-filters // block) * block for block in blocks}
+    padded = {block: product_of(problem, run, block).steps * block for block in blocks}
     least = min(padded.values())
-    return tuple(block for block in blocks if padded[block] <= 1.15 * least)[:2]
+    return tuple(block for block in blocks if 3 * padded[block] <= 4 * least)[:2]
 
 
 def packed_seconds(problem: ConvProblem, run: Run, block_m: int = 128) -> float:
     """An estimate of the product's time that puts units in order."""
-    block_k = _blocks_k(problem)[0]
+    block_k = blocks_k(problem, run)[0]
     product = product_of(problem, run, block_k)
     tiles = -(-product.units // block_m)
-    each = (block_m + product.block_n) * block_k * problem.dtype.itemsize
+    size = problem.dtype.itemsize
+    # What a step is padded with is not loaded.
+    loads = product.offsets * problem.out_channels * block_m
+    loads += product.steps * block_k * product.block_n
     # Instructions of fewer columns wait for their rows in shared memory.
     flops = 2.0 * block_m * product.steps * block_k * max(product.block_n, 32)
-    rate = _FLOPS * (0.06 if is_scalar(problem) else 2 / problem.dtype.itemsize)
-    compute, transfer = flops / rate, product.steps * each / _LOADS
+    rate = _FLOPS * (0.06 if is_scalar(problem) else 2 / size)
+    compute, transfer = flops / rate, loads * size / _LOADS
     seconds = max(compute, transfer) + 0.3 * min(compute, transfer) + product.steps * _STEP
     # Programs under way at once, by their three stages in shared memory.
+    each = (block_m + product.block_n) * block_k * size
     at_once = _MULTIPROCESSORS * max(1, min(8, _SHARED_BYTES // (3 * each)))
     # The last of them leave some multiprocessors idle.
     seconds *= (tiles + at_once * -(-tiles // at_once)) / 2
@@ -62,23 +68,23 @@ def best_runs(problem: ConvProblem) -> tuple[Run, ...]:
 
     Of units that differ in their orientation only, one is tried, the widest.
     """
-    block_k = _blocks_k(problem)[0]
     found: dict[Product, Run] = {}
     for run in runs_within(problem, 32 if is_scalar(problem) else MOST_COLUMNS):
-        kept = found.setdefault(product_of(problem, run, block_k), run)
+        product = product_of(problem, run, 16)
+        kept = found.setdefault(product, run)
         if run[::-1] > kept[::-1]:
-            found[product_of(problem, run, block_k)] = run
+            found[product] = run
     ranked = sorted(found.values(), key=lambda run: (packed_seconds(problem, run), run))
     firsts: dict[int, Run] = {}
     for run in ranked:
-        firsts.setdefault(product_of(problem, run, block_k).block_n, run)
+        firsts.setdefault(product_of(problem, run, 16).block_n, run)
     chosen = dict.fromkeys((*firsts.values(), *ranked))
     return tuple(chosen)[:_MOST_RUNS]
 
 
 def _default(problem: ConvProblem, device: DeviceFacts) -> PackedConfig:
     run = best_runs(problem)[0]
-    block_k = _blocks_k(problem)[0]
+    block_k = blocks_k(problem, run)[0]
     product = product_of(problem, run, block_k)
     block_m = 64 if is_scalar(problem) else 128
     while block_m > 64 and -(-product.units // block_m) < device.sm_count:
@@ -94,15 +100,20 @@ def packed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Packe
     default = _default(problem, device)
     scalar = is_scalar(problem)
     half = problem.dtype.itemsize == 2
-    blocks = _blocks_k(problem)
+    most_stages = 4 if half else 3
+    blocks = {run: blocks_k(problem, run) for run in found}
 
     def held(run_d: int, run_h: int, run_w: int, block_m: int) -> int:
-        return block_m * product_of(problem, (run_d, run_h, run_w), blocks[0]).block_n
+        return block_m * product_of(problem, (run_d, run_h, run_w), 16).block_n
 
     def warps(run_d: int, run_h: int, run_w: int, block_m: int, num_warps: int) -> bool:
         accumulators = held(run_d, run_h, run_w, block_m)
         most = 2048 if scalar else 4096
         return accumulators <= most * num_warps and (num_warps == 4 or block_m >= 128)
+
+    def steps(run_d: int, run_h: int, run_w: int, block_k: int, num_stages: int) -> bool:
+        options = blocks.get((run_d, run_h, run_w), ())
+        return block_k in options and (block_k == options[0] or num_stages == most_stages)
 
     return ConfigSpace(
         PackedConfig,
@@ -111,9 +122,9 @@ def packed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Packe
             Choice("run_h", tuple(sorted({run[1] for run in found})), ordered=True),
             Choice("run_w", tuple(sorted({run[2] for run in found})), ordered=True),
             PowerOfTwo("block_m", 64, 128 if scalar else 256),
-            Choice("block_k", tuple(sorted(blocks)), ordered=True),
+            Choice("block_k", tuple(sorted({k for v in blocks.values() for k in v})), ordered=True),
             PowerOfTwo("num_warps", 4, 8),
-            Choice("num_stages", (2, 3, 4) if half else (2, 3), ordered=True),
+            Int("num_stages", 2, most_stages),
             Bool("cached") if half else Choice("cached", (0,)),
         ),
         (
@@ -124,8 +135,8 @@ def packed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Packe
             ),
             Constraint(
                 "steps",
-                "short steps pay where many of them are under way",
-                lambda block_k, num_stages: block_k == blocks[0] or num_stages == 4,
+                "shorter steps pay where many of them are under way; these would pad the window",
+                steps,
             ),
             Constraint(
                 "cached",
