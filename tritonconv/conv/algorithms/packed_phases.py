@@ -20,11 +20,12 @@ from .common import unsupported_dtype
 from .footprints_packed import packed_footprint
 from .packed_geometry import PackedConfig
 from .packed_products import packed_plan
-from .packed_spaces import packed_space
+from .packed_spaces import best_runs, packed_seconds, packed_space, tap_by_tap_seconds
 
 MOST_CHANNELS = 64
 """Elements of a cell: channels times phases of the stride."""
 _PIXELS = 1 << 17
+_GAIN = 0.75
 
 
 class PackedPhases(Algorithm):
@@ -38,6 +39,7 @@ class PackedPhases(Algorithm):
         "packed_geometry",
         "packed_products",
         "packed_spaces",
+        "tiles",
     )
 
     def supports(self, problem: ConvProblem) -> str | None:
@@ -70,9 +72,9 @@ class PackedPhases(Algorithm):
 def packs_clearly_better(problem: ConvProblem) -> bool:
     """Whether an untuned call of a problem that is served should pack its phases.
 
-    Products tap by tap read the output's gradient once per tap; those of a few channels with all
-    taps at once pad their columns and add what overlaps. Neither matters for a small window, and a
-    small map does not hide the second launch.
+    Where that is estimated to beat products tap by tap, whose steps load as fast as these; a small
+    map does not hide the second launch, and nothing was measured in single precision or where
+    channels are far apart.
     """
     return (
         problem.direction is Direction.DGRAD
@@ -80,7 +82,6 @@ def packs_clearly_better(problem: ConvProblem) -> bool:
         and problem.y_strides[1] == 1
         and problem.out_channels % 16 == 0
         and not problem.patches
-        and problem.taps >= 9
-        and problem.taps * problem.in_channels >= 27
         and problem.out_pixels >= _PIXELS
+        and packed_seconds(problem, best_runs(problem)[0]) < _GAIN * tap_by_tap_seconds(problem)
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 
 from ...runtime.device import DeviceFacts
 from ...runtime.space import Bool, Choice, ConfigSpace, Constraint, Int, PowerOfTwo
 from ..problem import ConvProblem
 from .packed_geometry import MOST_COLUMNS, PackedConfig, Product, product_of, runs_within
+from .tiles import power_of_two
 
 _MOST_RUNS = 4
 _FLOPS = 5e14
@@ -38,25 +40,40 @@ def blocks_k(problem: ConvProblem, run: Run) -> tuple[int, ...]:
     return tuple(block for block in blocks if 3 * padded[block] <= 4 * least)[:2]
 
 
-def packed_seconds(problem: ConvProblem, run: Run, block_m: int = 128) -> float:
+def _seconds(problem: ConvProblem, flops: float, loads: float, steps: float) -> float:
+    """From what is multiplied (padding included), elements loaded and steps of all programs."""
+    size = problem.dtype.itemsize
+    rate = _FLOPS * (0.06 if is_scalar(problem) else 2 / size)
+    compute, transfer = flops / rate, loads * size / _LOADS
+    return max(compute, transfer) + 0.3 * min(compute, transfer) + steps * _STEP
+
+
+def tap_by_tap_seconds(problem: ConvProblem) -> float:
+    """The same estimate for a product per phase, whose steps are its taps."""
+    block_m, block_k = 128, min(64, power_of_two(problem.out_channels, 16, 64))
+    cells = problem.in_pixels / math.prod(problem.stride)
+    steps = cells / block_m * problem.taps * -(-problem.out_channels // block_k)
+    block_n = power_of_two(problem.in_channels, 16, 128)
+    flops = 2.0 * steps * block_m * block_k * max(block_n, 32)
+    return _seconds(problem, flops, steps * (block_m + block_n) * block_k, steps)
+
+
+def packed_seconds(problem: ConvProblem, run: Run) -> float:
     """An estimate of the product's time that puts units in order."""
-    block_k = blocks_k(problem, run)[0]
+    block_m, block_k = 128, blocks_k(problem, run)[0]
     product = product_of(problem, run, block_k)
     tiles = -(-product.units // block_m)
-    size = problem.dtype.itemsize
     # What a step is padded with is not loaded.
     loads = product.offsets * problem.out_channels * block_m
     loads += product.steps * block_k * product.block_n
     # Instructions of fewer columns wait for their rows in shared memory.
     flops = 2.0 * block_m * product.steps * block_k * max(product.block_n, 32)
-    rate = _FLOPS * (0.06 if is_scalar(problem) else 2 / size)
-    compute, transfer = flops / rate, loads * size / _LOADS
-    seconds = max(compute, transfer) + 0.3 * min(compute, transfer) + product.steps * _STEP
+    each = _seconds(problem, flops, loads, product.steps)
     # Programs under way at once, by their three stages in shared memory.
-    each = (block_m + product.block_n) * block_k * size
-    at_once = _MULTIPROCESSORS * max(1, min(8, _SHARED_BYTES // (3 * each)))
+    stage = (block_m + product.block_n) * block_k * problem.dtype.itemsize
+    at_once = _MULTIPROCESSORS * max(1, min(8, _SHARED_BYTES // (3 * stage)))
     # The last of them leave some multiprocessors idle.
-    seconds *= (tiles + at_once * -(-tiles // at_once)) / 2
+    seconds = each * (tiles + at_once * -(-tiles // at_once)) / 2
     # Results that overhang the map's width are stored in narrower pieces.
     overhangs = problem.in_size[-1] % (run[-1] * problem.stride[-1]) != 0
     return 1.1 * seconds if overhangs else seconds
