@@ -18,6 +18,7 @@ from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
 from .algorithms.banded import Banded, is_clearly_better
 from .algorithms.common import slot_names
+from .algorithms.packed_phases import PackedPhases, packs_clearly_better
 from .algorithms.walked_spaces import wasteful
 from .epilogue import apply_with_torch, build_epilogue
 from .problem import (
@@ -188,6 +189,8 @@ class ConvOperator(Operator):
             return ATEN
         if is_clearly_better(problem) and BANDED.supports(problem) is None:
             return BANDED
+        if packs_clearly_better(problem) and PACKED.supports(problem) is None:
+            return PACKED
         found = self.candidates(problem)
         if found[0].name == "walked" and wasteful(problem):
             return found[1]
@@ -216,6 +219,7 @@ def as_tf32(t: Tensor) -> Tensor:
 
 ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
 BANDED = next(a for a in ALGORITHMS if isinstance(a, Banded))
+PACKED = next(a for a in ALGORITHMS if isinstance(a, PackedPhases))
 
 OPERATORS: dict[tuple[Direction, int], ConvOperator] = {}
 for _rank in (2, 3):

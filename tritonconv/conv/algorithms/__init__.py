@@ -12,6 +12,7 @@ from .dense import Dense
 from .depthwise import Depthwise
 from .few_channel import FewChannel
 from .grouped import Grouped
+from .packed_phases import PackedPhases
 from .patchify import Patchify
 from .pointwise import Pointwise
 from .single_channel import SingleChannel
@@ -30,6 +31,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Dense(),
     Boxed(),
     Banded(),
+    PackedPhases(),
     Aten(),
 )
 """Most special first: the first that supports a problem is its untuned default."""
