@@ -142,10 +142,11 @@ def test_the_adjoint_exactly(
     assume(ALGORITHM.supports(problem) is None)
     assume(product_of(problem, config.run, config.block_k).steps <= 50)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator(device).manual_seed(seed)
-    tensors = operator.make_tensors(problem, device, generator)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = operator.make_tensors(problem, device, torch.Generator(device).manual_seed(seed))
     for name in ("grad_output", "weight"):
-        tensors[name].copy_(torch.randint(-8, 9, tensors[name].shape, generator=generator))
+        values = torch.randint(-8, 9, tensors[name].shape, generator=generator)
+        tensors[name].copy_(values)
     make_runner(problem, Choice("packed_phases", config, Tier.DEFAULT))(*tensors.values())
     exact = operator.reference(problem, tensors, torch.float64)["grad_input"]
     assert torch.equal(tensors["grad_input"].double(), exact)
