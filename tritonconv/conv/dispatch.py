@@ -13,6 +13,7 @@ from ..runtime.errors import bad_value
 from ..runtime.launch import Executable
 from ..runtime.operators import Algorithm, Operator, register
 from ..runtime.plan import LaunchPlan
+from ..runtime.space import ConfigSpace
 from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
@@ -29,6 +30,7 @@ from .problem import (
     parse_problem,
     wide_stride,
 )
+from .float8_tiles import float8_tiles
 from .scaled_epilogue import Scaling, scaled_epilogue
 
 Tensor = torch.Tensor
@@ -193,6 +195,13 @@ class ConvOperator(Operator):
             return found[1]
         return found[0]
 
+    def space(
+        self, algorithm: Algorithm, problem: ConvProblem, device: DeviceFacts
+    ) -> ConfigSpace[Any]:
+        """The algorithm's; float8 products prefer other tiles of it than wider types."""
+        space = algorithm.space(problem, device)
+        return space.preferring(float8_tiles(space.default, problem, device))
+
 
 def _scales(problem: ConvProblem) -> EpilogueSpec:
     """The epilogue of a problem with float8 operands or a float8 result: its scales alone."""
@@ -295,7 +304,7 @@ def _instead(problem: ConvProblem, choice: Choice) -> LaunchPlan:
     operator = OPERATORS[problem.direction, len(problem.in_size)]
     facts = device_facts()
     for algorithm in (operator.default_algorithm(problem, facts), *operator.candidates(problem)):
-        config = algorithm.configs(problem, facts)[0]
+        config = operator.space(algorithm, problem, facts)[0]
         plan = algorithm.plan(problem, config)
         if plan is not None:
             note_replaced(problem, choice, Choice(algorithm.name, config, Tier.DEFAULT))

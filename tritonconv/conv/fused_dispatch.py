@@ -222,8 +222,9 @@ def make_fused_runner(problem: FusedProblem, choice: Choice) -> Runner:
 def _instead(problem: FusedProblem, choice: Choice) -> LaunchPlan:
     """What runs where a config that was tuned elsewhere does not fit."""
     facts = device_facts()
-    algorithm = FUSED_OPERATORS[len(problem.in_size)].default_algorithm(problem, facts)
-    config = algorithm.configs(problem, facts)[0]
+    operator = FUSED_OPERATORS[len(problem.in_size)]
+    algorithm = operator.default_algorithm(problem, facts)
+    config = operator.space(algorithm, problem, facts)[0]
     plan = algorithm.plan(problem, config)
     assert plan is not None
     note_replaced(problem, choice, Choice(algorithm.name, config, Tier.DEFAULT))

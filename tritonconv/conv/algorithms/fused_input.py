@@ -8,7 +8,6 @@ tile and channel. Rows are output pixels, columns output channels; the sum runs 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -46,7 +45,8 @@ from .common import (
     widen_all,
 )
 from .footprints import product_footprint
-from .tiles import needs_bounds, tile_space
+from .fused_spaces import fused_space
+from .tiles import needs_bounds
 
 
 @triton.jit
@@ -491,7 +491,7 @@ class FusedInput(Algorithm):
 
     name: ClassVar[str] = "fused_input"
     config_type = TileConfig
-    sources = ("common", "tiles")
+    sources = ("common", "fused_spaces", "tiles")
 
     def supports(self, problem: FusedProblem) -> str | None:
         """Forward products in a dtype of the generated kernels; two inputs have one group."""
@@ -501,12 +501,7 @@ class FusedInput(Algorithm):
 
     def space(self, problem: FusedProblem, device: DeviceFacts) -> ConfigSpace[TileConfig]:
         """Tiles, warps and stages."""
-        space = tile_space(problem, device)
-        default = space.default
-        if problem.prologue is not None and default.block_m * default.block_n == 128 * 64:
-            # The operand passes through registers, which a tile on four warps leaves too few of.
-            return replace(space, default=replace(default, num_warps=8))
-        return space
+        return fused_space(problem, device)
 
     def plan(self, problem: FusedProblem, config: TileConfig) -> LaunchPlan:
         """One launch, and one that merges the tiles' statistics."""
