@@ -122,7 +122,8 @@ def _best_generated(
             trial = min(timed, key=lambda row: row[:2])[2]
             algorithm = ours[trial.algorithm]
             return Candidate(algorithm.name, algorithm.config_type.from_dict(trial.config))
-    return next((Candidate(a.name, operator.space(a, problem, facts)[0]) for a in ours.values()), None)
+    defaults = (Candidate(a.name, operator.space(a, problem, facts)[0]) for a in ours.values())
+    return next(defaults, None)
 
 
 def bench(

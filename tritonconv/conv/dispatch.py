@@ -21,6 +21,7 @@ from .algorithms.banded import Banded, is_clearly_better
 from .algorithms.common import slot_names
 from .algorithms.walked_spaces import wasteful
 from .epilogue import apply_with_torch, build_epilogue
+from .float8_tiles import float8_tiles
 from .problem import (
     FLOAT8,
     FUSED,
@@ -30,7 +31,6 @@ from .problem import (
     parse_problem,
     wide_stride,
 )
-from .float8_tiles import float8_tiles
 from .scaled_epilogue import Scaling, scaled_epilogue
 
 Tensor = torch.Tensor

@@ -27,8 +27,10 @@ def float8_tiles(default: Config, problem: ConvProblem, device: DeviceFacts) -> 
         return ()
     if not isinstance(default, TileConfig) or default.split_k > 1 or default.block_m < 128:
         return ()
-    first = _wide(default, problem) if default.block_n >= 128 else _narrow(default, problem)
-    return [replace(default, block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in first]
+    shapes = _wide(default, problem) if default.block_n >= 128 else _narrow(default, problem)
+    return [
+        replace(default, block_m=m, block_n=n, num_warps=w, num_stages=s) for m, n, w, s in shapes
+    ]
 
 
 Shape = tuple[int, int, int, int]

@@ -162,9 +162,7 @@ class Operator(ABC):
     def default_algorithm(self, problem: Any, device: DeviceFacts) -> Algorithm:
         """What an untuned call runs."""
 
-    def space(
-        self, algorithm: Algorithm, problem: Any, device: DeviceFacts
-    ) -> ConfigSpace[Any]:
+    def space(self, algorithm: Algorithm, problem: Any, device: DeviceFacts) -> ConfigSpace[Any]:
         """The configs of one of the operator's algorithms for a problem."""
         return algorithm.space(problem, device)
 
