@@ -28,7 +28,8 @@ class Suite:
         description: one line.
         operators: names of the operators that the problems are meant for; any when empty.
         choices: values to choose from by field, the default first.
-        problems: fields of each problem; ``name`` is its label.
+        problems: fields of each problem; ``name`` is its label, and ``operator`` names the only
+            operator that it is for, where the suite has several.
     """
 
     name: str
@@ -37,12 +38,15 @@ class Suite:
     problems: tuple[Mapping[str, Any], ...]
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def rows(self, chosen: Mapping[str, Sequence[Any]] | None = None) -> Iterator[dict[str, Any]]:
+    def rows(
+        self, chosen: Mapping[str, Sequence[Any]] | None = None, operator: str | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Fields of every problem, once per combination of the chosen values.
 
         Args:
             chosen: values by field name; a field that is not named takes the suite's default,
                 unless the problem itself sets it.
+            operator: leave out problems that are for other operators only.
         """
         chosen = {name: tuple(values) for name, values in (chosen or {}).items() if values}
         axes = {name: values[:1] for name, values in self.choices.items()} | chosen
@@ -50,7 +54,10 @@ class Suite:
             picked = dict(zip(axes, combination, strict=True))
             for problem in self.problems:
                 asked = {name: value for name, value in picked.items() if name in chosen}
-                yield {**picked, **problem, **asked}
+                row = {**picked, **problem, **asked}
+                only = row.pop("operator", operator)
+                if operator is None or only == operator:
+                    yield row
 
 
 def suite_names() -> tuple[str, ...]:
