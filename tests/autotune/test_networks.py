@@ -88,7 +88,7 @@ def test_vit_patches_tile_the_image() -> None:
     assert tokens == {(768, 14), (1024, 14), (1024, 16), (1280, 16)}
 
 
-LAYOUTS = ("layout", "weight_layout", "output_layout")
+LAYOUTS = ("layout", "weight_layout", "output_layout", "second_layout")
 """What a gradient's memory format is depends on the operation that made it, not on the layer."""
 
 

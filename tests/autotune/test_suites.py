@@ -50,11 +50,14 @@ def test_chosen_values_multiply_a_suite_and_win_over_its_rows(tmp_path: Path) ->
 
 def test_a_row_for_one_operator_is_left_out_for_others(tmp_path: Path) -> None:
     file = tmp_path / "s.json"
-    file.write_text(json.dumps([{"size": 1, "operator": "a"}, {"size": 2}]))
+    rows = [{"size": 1, "operators": ["a"]}, {"size": 2}, {"size": 3, "operators": ["b", "a"]}]
+    file.write_text(json.dumps({"operators": ["b"], "problems": rows}))
     suite = load_suite(str(file))
-    assert list(suite.rows(operator="a")) == [{"size": 1}, {"size": 2}]
-    assert list(suite.rows(operator="b")) == [{"size": 2}]
-    assert list(suite.rows()) == [{"size": 1}, {"size": 2}]
+    assert suite.operators == ("b", "a")
+    assert list(suite.rows(operator="a")) == [{"size": 1}, {"size": 3}]
+    assert list(suite.rows(operator="b")) == [{"size": 2}, {"size": 3}]
+    assert list(suite.rows(operator="another")) == [{"size": 2}]
+    assert list(suite.rows()) == [{"size": 1}, {"size": 2}, {"size": 3}]
 
 
 def test_fused_problems_are_judged_by_pytorchs_operators_one_after_the_other() -> None:
