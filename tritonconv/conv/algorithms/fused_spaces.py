@@ -18,19 +18,18 @@ def fused_space(problem: FusedProblem, device: DeviceFacts) -> ConfigSpace[TileC
     if problem.second_channels:
         space = _of_pairs(space, problem)
     d = space.default
-    if d.block_m < 64 or d.block_m * d.block_n < 64 * 64:
+    if d.block_m < 64:
         return space  # few tiles: small ones, which have registers to spare
     if problem.prologue is not None:
         first = _under_prologue(d)
     else:
         first = _plain(d)
     shapes = dict.fromkeys([_shape(d), *first] if problem.prologue is None else [*first, _shape(d)])
-    return space.preferring(
-        [
-            replace(d, block_m=m, block_n=n, block_k=k, num_warps=w, num_stages=s)
-            for m, n, k, w, s in shapes
-        ]
-    )
+    likely = [
+        replace(d, block_m=m, block_n=n, block_k=k, num_warps=w, num_stages=s)
+        for m, n, k, w, s in shapes
+    ]
+    return space.preferring([*likely, *space.plausible])
 
 
 def _of_pairs(space: ConfigSpace[TileConfig], problem: FusedProblem) -> ConfigSpace[TileConfig]:
@@ -44,8 +43,10 @@ def _of_pairs(space: ConfigSpace[TileConfig], problem: FusedProblem) -> ConfigSp
         else p
         for p in space.parameters
     )
-    default = replace(space.default, block_k=depth)
-    return replace(space, parameters=parameters, default=default, plausible=(space.default,))
+    default, deeper = (replace(space.default, block_k=k) for k in (depth, 2 * depth))
+    # Deeper steps are fewer, of which some are in part of zeros.
+    rivals = tuple(dict.fromkeys((deeper, space.default)))
+    return replace(space, parameters=parameters, default=default, plausible=rivals)
 
 
 Shape = tuple[int, int, int, int, int]
@@ -89,6 +90,7 @@ def _plain(d: TileConfig) -> list[Shape]:
         (64, n, k, 4, 4),
         (64, n, k, 4, 3),
         (2 * m, n, k, 8, 3),
+        (2 * m, n, k, 4, 3),
         (m, n, k // 2, w, 4),
         (m, 2 * n, k, 8, 3),
     ]
