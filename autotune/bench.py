@@ -45,9 +45,9 @@ class Comparison:
         operator: its name.
         problem: what was run.
         tier: which step of the table's read order serves the problem.
-        measured: contenders in the order tuned, default, generated, torch, torch elsewhere; the
-            last two are missing where PyTorch does not serve the problem, the very last where it
-            was not asked for.
+        measured: contenders in the order tuned, default, generated, torch, torch elsewhere; torch
+            is missing where PyTorch does not serve the problem, the last where it was not asked
+            for, or where there is no other way to ask PyTorch for the same.
         floor_us: least time possible; None on a device whose ceilings are not known.
     """
 
@@ -122,7 +122,8 @@ def _best_generated(
             trial = min(timed, key=lambda row: row[:2])[2]
             algorithm = ours[trial.algorithm]
             return Candidate(algorithm.name, algorithm.config_type.from_dict(trial.config))
-    return next((Candidate(a.name, a.configs(problem, facts)[0]) for a in ours.values()), None)
+    defaults = (Candidate(a.name, operator.space(a, problem, facts)[0]) for a in ours.values())
+    return next(defaults, None)
 
 
 def bench(
@@ -151,7 +152,7 @@ def bench(
     for operator, problem in pairs:
         tier, rows = contenders(operator, problem, lab)
         measured = _measured(operator, problem, rows, lab, policy, turns, seed)
-        if everywhere and any(row.contender == TORCH for row in measured):
+        if everywhere and any(a.name == PYTORCH_ALGORITHM for a in operator.algorithms):
             measured += _elsewhere(operator, problem, lab, policy, turns, seed)
         comparison = Comparison(
             operator.name, problem, tier, measured, floor_us(problem, lab.facts)

@@ -181,7 +181,7 @@ class _Descent(_Batches):
         self._shuffled = list(space.candidates)
         rng.shuffle(self._shuffled)
         self._by_model = model_order(space) if space.predicted else self._shuffled
-        self._seeds = [*space.heads, *nearest[:_NEAREST_SEEDS]]
+        self._seeds = [*space.heads, *nearest[:_NEAREST_SEEDS], *space.plausible]
         self._position = {key: index for index, key in enumerate(space.by_key)}
         self._times: dict[CandidateKey, float] = {}
         self._around: set[tuple[int, CandidateKey]] = set()
@@ -308,7 +308,7 @@ def make_strategy(
         rng.shuffle(rest)
     elif name is StrategyName.MODEL:
         rest = _with_exploration(model_order(space), rng)
-    return _Listed(space, limit, [space.default, *space.heads, *near, *rest])
+    return _Listed(space, limit, [space.default, *space.heads, *near, *space.plausible, *rest])
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Space:
     Attributes:
         candidates: without repeats; ties are broken in this order.
         heads: the first config of every algorithm, the default included.
+        plausible: what algorithms want to have tried next.
         unsupported: algorithms that do not serve the problem, and why.
         dropped: candidates that break a hard limit of the device; the default never is.
         predicted: microseconds that the hardware model expects, where an algorithm gives it a
@@ -84,6 +85,7 @@ class Space:
     dropped: tuple[Dropped, ...] = ()
     predicted: Mapping[CandidateKey, float] = field(default_factory=dict)
     configs: Mapping[str, ConfigSpace[Any]] = field(default_factory=dict)
+    plausible: tuple[Candidate, ...] = ()
 
     @property
     def default(self) -> Candidate:
@@ -137,7 +139,8 @@ class Space:
         """The part of the space that ``keys`` name, which must hold the default."""
         kept = tuple(c for key, c in self.by_key.items() if key in keys)
         heads = tuple(candidate for candidate in self.heads if candidate.as_key() in keys)
-        return replace(self, candidates=kept, heads=heads)
+        plausible = tuple(candidate for candidate in self.plausible if candidate.as_key() in keys)
+        return replace(self, candidates=kept, heads=heads, plausible=plausible)
 
 
 def space(operator: Operator, problem: Problem, device: DeviceFacts) -> Space:
@@ -158,7 +161,7 @@ def space(operator: Operator, problem: Problem, device: DeviceFacts) -> Space:
     predicted: dict[CandidateKey, float] = {}
     configs: dict[str, ConfigSpace[Any]] = {}
     for algorithm in ordered:
-        configs[algorithm.name] = algorithm.space(problem, device)
+        configs[algorithm.name] = operator.space(algorithm, problem, device)
         before = len(candidates)
         for config in configs[algorithm.name]:
             candidate = Candidate(algorithm.name, config)
@@ -171,4 +174,13 @@ def space(operator: Operator, problem: Problem, device: DeviceFacts) -> Space:
                 predicted[candidate.as_key()] = model.predicted_us(footprint)
             candidates.append(candidate)
         heads += candidates[before : before + 1]
-    return Space(tuple(candidates), tuple(heads), unsupported, tuple(dropped), predicted, configs)
+    wanted = {Candidate(name, config) for name, s in configs.items() for config in s.plausible}
+    return Space(
+        tuple(candidates),
+        tuple(heads),
+        unsupported,
+        tuple(dropped),
+        predicted,
+        configs,
+        tuple(candidate for candidate in candidates if candidate in wanted),
+    )

@@ -175,9 +175,10 @@ def pairs_of(
     suite = load_shapes(shapes)
     names = expand_operators(operators) or _operators_of(suite)
     chosen = {"dtype": dtypes or (), "layout": layouts or (), "precision": precisions or ()}
-    rows = list(suite.rows(chosen))
     return [
-        (operator, operator.parse(row)) for operator in map(get_operator, names) for row in rows
+        (operator, operator.parse(row))
+        for operator in map(get_operator, names)
+        for row in suite.rows(chosen, operator.name)
     ]
 
 

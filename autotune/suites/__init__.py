@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
 from itertools import product
 from pathlib import Path
@@ -26,9 +27,11 @@ class Suite:
     Attributes:
         name: what the command line calls it.
         description: one line.
-        operators: names of the operators that the problems are meant for; any when empty.
+        operators: names of the operators that some problem is meant for; any when empty.
         choices: values to choose from by field, the default first.
-        problems: fields of each problem; ``name`` is its label.
+        shared: those that a problem is for if it does not say.
+        problems: fields of each problem; ``name`` is its label, and ``operators`` names those that
+            it is for, where these are not the suite's.
     """
 
     name: str
@@ -36,13 +39,17 @@ class Suite:
     operators: tuple[str, ...]
     problems: tuple[Mapping[str, Any], ...]
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
 
-    def rows(self, chosen: Mapping[str, Sequence[Any]] | None = None) -> Iterator[dict[str, Any]]:
+    def rows(
+        self, chosen: Mapping[str, Sequence[Any]] | None = None, operator: str | None = None
+    ) -> Iterator[dict[str, Any]]:
         """Fields of every problem, once per combination of the chosen values.
 
         Args:
             chosen: values by field name; a field that is not named takes the suite's default,
                 unless the problem itself sets it.
+            operator: leave out problems that are for other operators only.
         """
         chosen = {name: tuple(values) for name, values in (chosen or {}).items() if values}
         axes = {name: values[:1] for name, values in self.choices.items()} | chosen
@@ -50,7 +57,19 @@ class Suite:
             picked = dict(zip(axes, combination, strict=True))
             for problem in self.problems:
                 asked = {name: value for name, value in picked.items() if name in chosen}
-                yield {**picked, **problem, **asked}
+                row = {**picked, **problem, **asked}
+                meant = row.pop("operators", None)
+                if operator is None or self._is_for(operator, meant):
+                    yield row
+
+    def _is_for(self, operator: str, meant: Sequence[str] | None) -> bool:
+        return operator in meant if meant is not None else operator not in self._named_by_rows
+
+    @cached_property
+    def _named_by_rows(self) -> frozenset[str]:
+        """Operators of single problems, which the others are not meant for."""
+        named = {name for problem in self.problems for name in problem.get("operators", ())}
+        return frozenset(named - set(self.shared))
 
 
 def suite_names() -> tuple[str, ...]:
@@ -90,12 +109,15 @@ def _parse(name: str, text: str) -> Suite:
     version = value.get("schema_version", _SCHEMA_VERSION)
     if version != _SCHEMA_VERSION:
         raise bad_value(f"suite {name}", f"schema_version {_SCHEMA_VERSION}", version)
+    shared = tuple(value.get("operators", ()))
+    named = (operator for row in problems for operator in row.get("operators", ()))
     return Suite(
         name,
         str(value.get("description", "")),
-        tuple(value.get("operators", ())),
+        tuple(dict.fromkeys((*shared, *named))),
         tuple(problems),
         {key: tuple(values) for key, values in value.get("choices", {}).items()},
+        shared,
     )
 
 

@@ -1,8 +1,6 @@
 """What a network needs from the library in each number of spatial dimensions: one table.
 
-Networks in this package are written once, over this table. Two dimensions use the library's own
-convolutions. Three dimensions use PyTorch's and apply the epilogue after it, until the library has
-``conv3d``; then the second row changes and nothing else.
+Networks in this package are written once, over this table.
 """
 
 from __future__ import annotations
@@ -49,45 +47,16 @@ class Dimension:
         return x.view(1, -1, *(1,) * self.count)
 
 
-def _conv3d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    *,
-    epilogue: Callable[..., Tensor] | None = None,
-    epilogue_args: tuple[Tensor, ...] = (),
-) -> Tensor:
-    y = F.conv3d(input, weight, bias, stride, padding, dilation, groups)
-    return y if epilogue is None else epilogue(y, *epilogue_args)
-
-
-class _Conv3d(nn.Conv3d):
-    def __init__(
-        self, *args: Any, epilogue: Callable[..., Tensor] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.epilogue = epilogue
-
-    def forward(self, input: Tensor, *epilogue_args: Tensor) -> Tensor:
-        y = super().forward(input)
-        return y if self.epilogue is None else self.epilogue(y, *epilogue_args)
-
-
 def dimension(dim: int) -> Dimension:
     """Return the row of the table for ``dim`` spatial dimensions.
 
     Raises:
         ValueError: ``dim`` is neither 2 nor 3.
     """
-    if dim == 2:
-        import tritonconv as tc
-        from tritonconv.nn import Conv2d
+    import tritonconv as tc
 
-        return Dimension(2, Conv2d, tc.conv2d, nn.BatchNorm2d, F.max_pool2d, "bilinear")
+    if dim == 2:
+        return Dimension(2, tc.nn.Conv2d, tc.conv2d, nn.BatchNorm2d, F.max_pool2d, "bilinear")
     if dim == 3:
-        return Dimension(3, _Conv3d, _conv3d, nn.BatchNorm3d, F.max_pool3d, "trilinear")
+        return Dimension(3, tc.nn.Conv3d, tc.conv3d, nn.BatchNorm3d, F.max_pool3d, "trilinear")
     raise bad_value("dim", "2 or 3", dim)

@@ -11,6 +11,9 @@ Where arithmetic can ride on a convolution it does, as an epilogue of :func:`tri
 - a 1 × 1 convolution is linear in every pixel, so ``W(alpha * x) + b = alpha * W(x) + b``: the
   product with the attention map is the epilogue of W, and ``alpha * x`` is never written;
 - in evaluation mode every batch normalisation (and ReLU) is its convolution's epilogue.
+
+Where two maps meet before a convolution (skip and upsampled map, a pair of gates) it takes the
+pair: their concatenation is never written.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from torch import Tensor, nn
 from tritonconv.runtime.errors import bad_type, bad_value
 
 from ._dims import dimension
+
+Maps = Tensor | tuple[Tensor, Tensor]
+"""A map, or two that stand for their concatenation along the channels."""
 
 
 def _add_relu(y: Tensor, addend: Tensor) -> Tensor:
@@ -65,7 +71,8 @@ class ConvNorm(nn.Module):
         dim: number of spatial dimensions, 2 or 3.
 
     Shapes:
-        ``x``: ``(N, in_channels, *spatial)``; result ``(N, out_channels, *spatial)``.
+        ``x``: ``(N, in_channels, *spatial)``, or two tensors of so many channels together; result
+        ``(N, out_channels, *spatial)``.
 
     Example:
         >>> import torch
@@ -88,11 +95,11 @@ class ConvNorm(nn.Module):
         self.conv = self.ops.Conv(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.norm = self.ops.BatchNorm(out_channels)
 
-    def forward(self, x: Tensor, attention: Tensor | None = None) -> Tensor:
+    def forward(self, x: Maps, attention: Tensor | None = None) -> Tensor:
         """Apply the block to ``x`` or, for a 1 × 1 kernel only, to ``attention * x``.
 
         Args:
-            x: ``(N, in_channels, *spatial)``.
+            x: ``(N, in_channels, *spatial)``; a pair stands for its concatenation.
             attention: ``(N, 1, *spatial)`` or None.
         """
         conv, per_channel = self.conv, self.ops.per_channel
@@ -236,8 +243,7 @@ class _GatedSkip(nn.Module):
 
     def forward(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         outs, alphas = zip(*(gate(x, g, return_attention=True) for gate in self.gates), strict=True)
-        gated = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
-        return self.combine(gated), torch.cat(alphas, 1)
+        return self.combine(_together(outs)), torch.cat(alphas, 1)
 
 
 class AttentionUNet(nn.Module):
@@ -393,8 +399,8 @@ class AttentionUNet(nn.Module):
                 skip, alphas = self.skips[str(level)](skip, gate_signal)
                 if return_attention:
                     attention[level] = ops.resize(alphas, extended)[inner]
-            x = torch.cat((skip, ops.resize(x, skip.shape[2:])), 1)
-            x = gate_signal = self.decoder[level - 1](x)
+            pair = (skip, ops.resize(x, skip.shape[2:]))
+            x = gate_signal = self.decoder[level - 1](pair)
             if level <= len(self.heads):
                 scores.append(ops.resize(self.heads[level - 1](x), extended))
         logits = self.fuse(torch.cat(scores, 1) if len(scores) > 1 else scores[0])
@@ -415,6 +421,14 @@ class AttentionUNet(nn.Module):
             inner.append(slice(before, before + side))
             pads = [before, missing - before, *pads]  # F.pad counts from the last dimension
         return (F.pad(input, pads, mode="replicate") if any(pads) else input), tuple(inner)
+
+
+def _together(maps: Sequence[Tensor]) -> Maps:
+    """One map or two for a convolution, which takes no more."""
+    if len(maps) == 1:
+        return maps[0]
+    first, *rest = maps
+    return first, rest[0] if len(rest) == 1 else torch.cat(rest, 1)
 
 
 def _initialise(module: nn.Module) -> None:

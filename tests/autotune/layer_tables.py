@@ -21,7 +21,11 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Conv:
-    """One square convolution at one map size; ``epilogue`` is what the forward product fuses."""
+    """One square convolution at one map size; ``epilogue`` is what the forward product fuses.
+
+    ``second`` of the inputs come in a tensor of their own; ``operators`` are those of the row
+    where they are not the suite's.
+    """
 
     part: str
     inputs: int
@@ -32,6 +36,8 @@ class Conv:
     padding: int | None = None
     groups: int = 1
     epilogue: str = "none"
+    second: int = 0
+    operators: tuple[str, ...] = ()
 
     @property
     def pad(self) -> int:
@@ -59,6 +65,10 @@ class Conv:
             row["groups"] = self.groups
         if self.epilogue != "none":
             row["epilogue"] = self.epilogue
+        if self.second:
+            row["second_channels"] = self.second
+        if self.operators:
+            row["operators"] = list(self.operators)
         return row
 
 
@@ -182,6 +192,14 @@ def vit_patch() -> Iterator[Conv]:
     yield Conv("H/14", 3, 1280, 224, 14, 14, 0, epilogue="fused")
 
 
+def pair(part: str, first: int, second: int, outputs: int, size: int, kernel: int = 1) -> Conv:
+    """Two inputs that are not concatenated; each has gradients of its own."""
+    fused = ("conv2d.fused",)
+    inputs = first + second
+    layer = Conv(part, inputs, outputs, size, kernel, epilogue="fused")
+    return replace(layer, second=second, operators=fused)
+
+
 def attention_unet(
     size: int = 256, widths: Sequence[int] = (16, 32, 64, 128, 256), classes: int = 2
 ) -> Iterator[Conv]:
@@ -202,8 +220,9 @@ def attention_unet(
             yield Conv("gate theta", width, width, side, 2, 2, 0, epilogue="fused+acc")
             yield Conv("gate psi", width, 1, side // 2, epilogue="fused+acc")
             yield Conv("gate W", width, width, side, epilogue="fused+acc")
-            yield Conv("gate combine", 2 * width, width, side, epilogue="fused")
-        yield Conv("decoder", width + coarser, width, side, 3, epilogue="fused")
+            yield pair("gate combine", width, width, width, side)
+        yield pair("decoder", width, coarser, width, side, 3)
+        yield Conv("decoder half", coarser, width, side, 3, operators=OPERATORS[1:])
         yield Conv("decoder", width, width, side, 3, epilogue="fused")
         yield Conv("head", width, classes, side, epilogue="fused")
     yield Conv("fuse", len(levels) * classes, classes, size, epilogue="fused")

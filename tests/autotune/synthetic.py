@@ -120,7 +120,7 @@ def pairs(suite: str, part: str = "") -> Iterator[tuple[Operator, Problem]]:
     loaded = load_suite(suite)
     for name in loaded.operators:
         operator = get_operator(name)
-        for row in loaded.rows():
+        for row in loaded.rows(operator=name):
             if row["name"].startswith(part):
                 yield operator, operator.parse(row)
 

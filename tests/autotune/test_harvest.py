@@ -130,7 +130,7 @@ def test_a_model_of_ours_by_its_short_name() -> None:
     arguments = {"widths": (2, 4, 8), "num_classes": 3}
     pairs = harvest_named("attention_unet", arguments, batch=2, size=(16, 24), dtypes=("float32",))
     operators = {operator.name for operator, _ in pairs}
-    assert operators == {"conv2d.forward", "conv2d.dgrad", "conv2d.wgrad"}
+    assert operators == {"conv2d.forward", "conv2d.dgrad", "conv2d.wgrad", "conv2d.fused"}
     first = pairs[0][1].fields()
     assert (first["batch"], first["in_channels"], first["height"], first["width"]) == (2, 1, 16, 24)
     assert first["layout"] == "channels_last" and first["dtype"] == "float32"

@@ -31,16 +31,18 @@ def main(target: str) -> None:
                 continue
             operator = FUSED_OPERATORS[3 if "D" in fields else 2]
             problem = operator.parse({**fields, **more, "layout": "channels_last"})
-            (algorithm,) = operator.candidates(problem)
-            row = {"layer": layer, **more, "error": "", "kernels": []}
-            try:
-                plan = algorithm.plan(problem, algorithm.configs(problem, device)[0])
-                assert plan is not None
-                compiled = compile_plan(plan, target, resources=more["dtype"] == "bfloat16")
-                row["kernels"] = [dataclasses.asdict(kernel) for kernel in compiled]
-            except Exception as error:  # reported by the test, with its case
-                row["error"] = f"{type(error).__name__}: {str(error)[-500:]}"
-            rows.append(row)
+            for algorithm in operator.candidates(problem):
+                row = {"layer": layer, "algorithm": algorithm.name, **more}
+                row |= {"error": "", "kernels": []}
+                try:
+                    plan = algorithm.plan(problem, algorithm.configs(problem, device)[0])
+                    if plan is None:
+                        continue
+                    compiled = compile_plan(plan, target, resources=more["dtype"] == "bfloat16")
+                    row["kernels"] = [dataclasses.asdict(kernel) for kernel in compiled]
+                except Exception as error:  # reported by the test, with its case
+                    row["error"] = f"{type(error).__name__}: {str(error)[-500:]}"
+                rows.append(row)
     print(json.dumps(rows))
 
 

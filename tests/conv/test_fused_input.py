@@ -14,6 +14,7 @@ from torch import Tensor
 import tritonconv as tc
 from tritonconv.conv.algorithms.common import TileConfig
 from tritonconv.conv.fused_dispatch import FUSED_OPERATORS, make_fused_runner
+from tritonconv.conv.ops import FORWARD
 from tritonconv.conv.problem import ConvProblem
 from tritonconv.runtime.accuracy import check
 from tritonconv.runtime.device import device_facts
@@ -309,11 +310,14 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 
 
 def run_problem(
-    fields: dict[str, Any], device: torch.device, config: Config | None = None
+    fields: dict[str, Any],
+    device: torch.device,
+    config: Config | None = None,
+    name: str = "fused_input",
 ) -> dict[str, Tensor]:
     operator = FUSED_OPERATORS[3 if "D" in fields else 2]
     problem = operator.parse(fields)
-    (algorithm,) = operator.candidates(problem)
+    algorithm = operator.algorithm(name)
     if config is None:
         config = algorithm.configs(problem, device_facts())[0]
     tensors = operator.make_tensors(problem, device, torch.Generator(device).manual_seed(0))
@@ -336,6 +340,61 @@ def test_kernels_with_other_configs(name: str, layout: str, device: torch.device
     second = run_problem(fields, device, small)
     assert all(torch.equal(first[key], second[key]) for key in first)
     run_problem(fields, device, TileConfig(64, 32, 64, 4, 2, group_m=1))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_algorithm_agrees(name: str, layout: str, device: torch.device) -> None:
+    fields = {"layout": layout, **PROBLEMS[name]}
+    operator = FUSED_OPERATORS[3 if "D" in fields else 2]
+    served = {a.name for a in operator.candidates(operator.parse(fields))}
+    prologue = {"prepared_input"} if "prologue" in fields else set()
+    assert served == {"fused_input", "aten"} | prologue
+    for algorithm in served:
+        run_problem(fields, device, name=algorithm)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_prepared_input_with_other_configs(dtype: str, device: torch.device) -> None:
+    fields = {**PROBLEMS["prologue, all"], "dtype": dtype}
+    first, second = (
+        run_problem(fields, device, TileConfig(16, 16, 16, 4, 2), "prepared_input") for _ in "12"
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_prologue_that_every_tap_would_repeat_runs_once(device: torch.device) -> None:
+    operator = FUSED_OPERATORS[2]
+    large = {"N": 64, "C": 64, "M": 64, "H": 56, "prologue": "fused", "dtype": "bfloat16"}
+
+    def default(**fields: Any) -> str:
+        problem = operator.parse({**large, **fields})
+        return operator.default_algorithm(problem, device_facts()).name
+
+    assert default(K=3, P=1) == "prepared_input"
+    assert default(K=1) == "fused_input"  # once as it is
+    assert default(K=3, P=1, S=2) == "fused_input"  # 2.25 times
+    assert default(K=3, P=1, prologue="none", stats=True) == "fused_input"
+
+
+def test_a_call_runs_what_the_table_says_even_if_that_is_pytorch(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 16, 6, 5, device=device)
+    w = torch.randn(16, 16, 3, 3, device=device) / 12
+    scale = torch.rand(16, device=device)
+    options = {"prologue": lambda x, s: torch.relu(x * s), "prologue_args": (scale,)}
+    results = []
+    for name in ("fused_input", "prepared_input", "aten"):
+        algorithm = FUSED_OPERATORS[2].algorithm(name)
+        monkeypatch.setattr(
+            type(FUSED_OPERATORS[2]), "default_algorithm", lambda self, p, d, a=algorithm: a
+        )
+        FORWARD.clear()
+        results.append(tc.conv2d_with_stats(x, w, padding=1, **options))
+    FORWARD.clear()
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

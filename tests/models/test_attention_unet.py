@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritonconv.models.vision import attention_unet
 from tritonconv.models.vision.attention_unet import (
@@ -209,6 +210,74 @@ def test_attention_in_the_epilogue_equals_attention_before(training, relu):
     torch.testing.assert_close(block(x, attention), block(attention * x))
     with pytest.raises(ValueError, match="attention: expected None for a kernel wider than 1"):
         ConvNorm(3, 5, 3)(x.float(), attention.float())
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_pair_stands_for_its_concatenation_to_second_order(training, kernel_size, dim):
+    torch.manual_seed(0)
+    block = ConvNorm(5, 4, kernel_size, dim=dim).double().train(training)
+    randomise_norms(block)
+    size = (3, 4, 2)[:dim]
+    pair = [torch.randn(2, c, *size, dtype=torch.double, requires_grad=True) for c in (3, 2)]
+    leaves = [*pair, block.conv.weight]
+
+    def derivatives(y: Tensor) -> list[Tensor]:
+        first = torch.autograd.grad(y.cos().sum(), leaves, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
+
+    ours = derivatives(block(tuple(pair)))
+    torch.testing.assert_close(ours, derivatives(block(torch.cat(pair, 1))))
+
+
+class Concatenations(TorchDispatchMode):
+    """Notes the shape of everything that is concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.cat.default:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("gates", [1, 2, 3])
+def test_skips_are_not_concatenated_and_nothing_else_changes(gates, device, monkeypatch):
+    torch.manual_seed(0)
+    net = AttentionUNet(1, 2, widths=(4, 6, 8), gates_per_level=gates).to(device)
+    randomise_norms(net)
+    net.eval()
+    x = torch.randn(1, 1, 8, 12, device=device)
+    with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad(), Concatenations() as made:
+        logits, attention = net(x, return_attention=True)
+    # The maps of attention and the scores, which are of few channels; of three gates, two.
+    widest = max(shape[1] for shape in made.shapes)
+    assert widest == (2 * 6 if gates == 3 else max(gates, 2 * 2))
+
+    plain = ConvNorm.forward
+
+    def concatenating(self, x, attention=None):
+        return plain(self, torch.cat(x, 1) if isinstance(x, tuple) else x, attention)
+
+    monkeypatch.setattr(ConvNorm, "forward", concatenating)
+    with torch.backends.cudnn.flags(allow_tf32=False), torch.no_grad():
+        expected, maps = net(x, return_attention=True)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(attention, maps, rtol=1e-4, atol=1e-4)
+
+
+def test_names_in_a_checkpoint_are_those_of_plain_layers():
+    names = set(build(1, 2, widths=(2, 4), gates_per_level=0).state_dict())
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    layer = {"conv.weight", "conv.bias", *(f"norm.{name}" for name in norm)}
+    blocks = ("encoder.0.0", "encoder.0.1", "centre.0", "centre.1", "decoder.0.0", "decoder.0.1")
+    heads = {"heads.0.weight", "heads.0.bias", "fuse.weight", "fuse.bias"}
+    assert names == {f"{block}.{name}" for block in blocks for name in layer} | heads
 
 
 def test_initialisation():

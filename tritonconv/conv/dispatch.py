@@ -13,6 +13,7 @@ from ..runtime.errors import bad_value
 from ..runtime.launch import Executable
 from ..runtime.operators import Algorithm, Operator, register
 from ..runtime.plan import LaunchPlan
+from ..runtime.space import ConfigSpace
 from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
@@ -21,6 +22,7 @@ from .algorithms.common import slot_names
 from .algorithms.packed_phases import PackedPhases, packs_clearly_better
 from .algorithms.walked_spaces import wasteful
 from .epilogue import apply_with_torch, build_epilogue
+from .float8_tiles import float8_tiles
 from .problem import (
     FLOAT8,
     FUSED,
@@ -49,11 +51,17 @@ class ConvOperator(Operator):
         return ALGORITHMS
 
     def parse(self, fields: Mapping[str, Any]) -> ConvProblem:
-        """Build a problem; an epilogue of this direction adds a bias and a ReLU."""
+        """Build a problem; an epilogue of this direction adds a bias and a ReLU.
+
+        ``"residual"`` stands for ``gelu(y + bias + residual)`` on the forward product. The tuned
+        table knows it as any other epilogue.
+        """
         problem = parse_problem(self.direction, self.rank, fields)
         if problem.out_dtype is not None:
             return replace(problem, epilogue=_scales(problem))
         kind, _, rest = str(fields.get("epilogue", "none")).partition("+")
+        if kind == _RESIDUAL and self.direction is Direction.FORWARD:
+            return replace(problem, epilogue=_with_residual(problem, self.rank))
         if kind == FUSED.get(self.direction):
             shape = problem.result_shape
             epilogue = build_epilogue(torch.relu, True, (), problem.dtype, self.rank)
@@ -77,6 +85,8 @@ class ConvOperator(Operator):
         PyTorch has no float8 convolution: its rival to one is the bare product in bfloat16.
         """
         fields = dict(problem.fields())
+        if problem.epilogue is not None and len(problem.epilogue.element_dtypes) > 1:
+            fields["epilogue"] = _RESIDUAL
         names = ["contiguous" if problem.x_layout == "channels_last" else "channels_last"]
         if problem.dtype is FLOAT8:
             del fields["output_dtype"]
@@ -196,6 +206,27 @@ class ConvOperator(Operator):
             return found[1]
         return found[0]
 
+    def space(
+        self, algorithm: Algorithm, problem: ConvProblem, device: DeviceFacts
+    ) -> ConfigSpace[Any]:
+        """The algorithm's; float8 products prefer other tiles of it than wider types."""
+        space = algorithm.space(problem, device)
+        return space.preferring(float8_tiles(space.default, problem, device))
+
+
+_RESIDUAL = "residual"
+
+
+def _gelu_of_sum(y: Tensor, residual: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(y + residual)
+
+
+def _with_residual(problem: ConvProblem, rank: int) -> EpilogueSpec:
+    """A bias, a tensor like the output, and a GELU."""
+    epilogue = build_epilogue(_gelu_of_sum, True, (problem.dtype,), problem.dtype, rank)
+    bias = (0, 1, *[0] * rank)
+    return EpilogueSpec(epilogue.key, (problem.dtype,) * 2, (bias, problem.y_strides))
+
 
 def _scales(problem: ConvProblem) -> EpilogueSpec:
     """The epilogue of a problem with float8 operands or a float8 result: its scales alone."""
@@ -299,7 +330,7 @@ def _instead(problem: ConvProblem, choice: Choice) -> LaunchPlan:
     operator = OPERATORS[problem.direction, len(problem.in_size)]
     facts = device_facts()
     for algorithm in (operator.default_algorithm(problem, facts), *operator.candidates(problem)):
-        config = algorithm.configs(problem, facts)[0]
+        config = operator.space(algorithm, problem, facts)[0]
         plan = algorithm.plan(problem, config)
         if plan is not None:
             note_replaced(problem, choice, Choice(algorithm.name, config, Tier.DEFAULT))

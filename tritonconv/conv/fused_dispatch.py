@@ -16,7 +16,9 @@ from ..runtime.operators import Algorithm, register
 from ..runtime.plan import LaunchPlan
 from ..runtime.tables import Choice, Tier, choose, note_replaced
 from . import dispatch
+from .algorithms.fused_aten import FusedAten
 from .algorithms.fused_input import FusedInput, fused_slots
+from .algorithms.fused_prepared import PreparedInput, worth_preparing
 from .dispatch import ConvOperator, Runner
 from .fused_problem import FusedProblem
 from .problem import ConvProblem, Direction, EpilogueSpec, strides_for
@@ -24,7 +26,7 @@ from .prologue import apply_prologue, prologue_key, prologue_order
 
 Tensor = torch.Tensor
 
-FUSED_ALGORITHMS: tuple[Algorithm, ...] = (FusedInput(),)
+FUSED_ALGORITHMS: tuple[Algorithm, ...] = (FusedInput(), PreparedInput(), FusedAten())
 
 
 def _scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -152,11 +154,12 @@ class FusedOperator(ConvOperator):
         return tuple(a for a in self.algorithms if a.supports(problem) is None)
 
     def default_algorithm(self, problem: ConvProblem, device: DeviceFacts) -> Algorithm:
-        """The first that serves the problem."""
-        found = self.candidates(problem)
-        if not found:
+        """The fused kernel; where its prologue is computed often, the one that computes it once."""
+        ours = [a for a in self.candidates(problem) if a.name != "aten"]
+        if not ours:
             raise bad_value("problem", "one that a fused kernel serves", str(problem))
-        return found[0]
+        assert isinstance(problem, FusedProblem)
+        return ours[-1] if worth_preparing(problem) else ours[0]
 
 
 _FIELDS = ("prologue", "second_channels", "second_layout", "stats")
@@ -212,18 +215,20 @@ def make_fused_runner(problem: FusedProblem, choice: Choice) -> Runner:
     """Prepare a problem with a given choice."""
     algorithm = FUSED_OPERATORS[len(problem.in_size)].algorithm(choice.algorithm)
     plan = algorithm.plan(problem, choice.config)
-    assert plan is not None
     slots = tuple(fused_slots(problem))
-    fits = choice.tier is Tier.DEFAULT
-    executable = Executable(plan, slots, None if fits else lambda: _instead(problem, choice))
+    executable = None
+    if plan is not None:
+        fits = choice.tier is Tier.DEFAULT
+        executable = Executable(plan, slots, None if fits else lambda: _instead(problem, choice))
     return Runner(problem, choice, algorithm, executable, slots)
 
 
 def _instead(problem: FusedProblem, choice: Choice) -> LaunchPlan:
     """What runs where a config that was tuned elsewhere does not fit."""
     facts = device_facts()
-    algorithm = FUSED_OPERATORS[len(problem.in_size)].default_algorithm(problem, facts)
-    config = algorithm.configs(problem, facts)[0]
+    operator = FUSED_OPERATORS[len(problem.in_size)]
+    algorithm = operator.default_algorithm(problem, facts)
+    config = operator.space(algorithm, problem, facts)[0]
     plan = algorithm.plan(problem, config)
     assert plan is not None
     note_replaced(problem, choice, Choice(algorithm.name, config, Tier.DEFAULT))

@@ -340,4 +340,5 @@ def _choice_of(operator: Operator, problem: Problem, located: Located, tier: Tie
 def default_choice(operator: Operator, problem: Problem, device: DeviceFacts) -> Choice:
     """The untuned choice: the operator's heuristic algorithm with its default config."""
     algorithm = operator.default_algorithm(problem, device)
-    return Choice(algorithm.name, algorithm.configs(problem, device)[0], Tier.DEFAULT)
+    config = operator.space(algorithm, problem, device)[0]
+    return Choice(algorithm.name, config, Tier.DEFAULT)

@@ -162,6 +162,10 @@ class Operator(ABC):
     def default_algorithm(self, problem: Any, device: DeviceFacts) -> Algorithm:
         """What an untuned call runs."""
 
+    def space(self, algorithm: Algorithm, problem: Any, device: DeviceFacts) -> ConfigSpace[Any]:
+        """The configs of one of the operator's algorithms for a problem."""
+        return algorithm.space(problem, device)
+
     def elsewhere(self, problem: Any) -> tuple[Problem, ...]:
         """The same computation in other memory formats, where a rival may be faster."""
         return ()

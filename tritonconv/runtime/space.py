@@ -33,7 +33,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
@@ -205,12 +205,14 @@ class ConfigSpace(Sequence[C_co], Generic[C_co]):
         parameters: one for each field; the last varies fastest in the order of the space.
         constraints: what every config but the default must keep.
         default: what an untuned call runs.
+        plausible: configs of the space that are tried first, the likeliest first.
     """
 
     config_type: type[C_co]
     parameters: tuple[Parameter, ...]
     constraints: tuple[Constraint, ...]
     default: C_co
+    plausible: tuple[C_co, ...] = ()
 
     def __post_init__(self) -> None:
         names = {parameter.name for parameter in self.parameters}
@@ -242,8 +244,8 @@ class ConfigSpace(Sequence[C_co], Generic[C_co]):
 
     @cached_property
     def configs(self) -> tuple[C_co, ...]:
-        """All configs, the default first, then in the order of the parameters' values."""
-        found = dict.fromkeys((self.default,))
+        """All configs: the default, the plausible ones, then in the order of parameters' values."""
+        found = dict.fromkeys((self.default, *self.plausible))
         names = tuple(parameter.name for parameter in self.parameters)
         in_order = names == tuple(field.name for field in fields(self.config_type))
         for values in self._rows():
@@ -390,6 +392,16 @@ class ConfigSpace(Sequence[C_co], Generic[C_co]):
                         yield from extend(axis + 1)
 
         return extend(0) if sources else iter(((),))
+
+    def preferring(self, configs: Sequence[Any]) -> ConfigSpace[C_co]:
+        """The same space with the first of ``configs`` as default and the others plausible.
+
+        Those that are not in the space are left out; without any, the space stays as it is.
+        """
+        members = [config for config in dict.fromkeys(configs) if config in self]
+        if not members:
+            return self
+        return replace(self, default=members[0], plausible=tuple(members[1:]))
 
     def __contains__(self, config: object) -> bool:
         return isinstance(config, self.config_type) and (
