@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -135,4 +136,28 @@ NORMS: dict[type[torch.nn.Module], type[Activated]] = {
 }
 """PyTorch's class to ours."""
 
-__all__ = ["NORMS", "Activated", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+_NORM_ACT = "BatchNormAct2d"
+_NORM_ACTS: dict[type[torch.nn.Module], type[Activated]] = {}
+
+
+def converted_norm(kind: type[torch.nn.Module]) -> type[Activated] | None:
+    """Our class for a batch norm of PyTorch's, or of timm's that activates; None for any other."""
+    if kind in NORMS:
+        return NORMS[kind]
+    named = kind.__name__ == _NORM_ACT and kind.__module__.startswith("timm.")
+    if not named or not issubclass(kind, torch.nn.BatchNorm2d):
+        return None
+    if kind not in _NORM_ACTS:
+        namespace = {"__module__": __name__}
+        _NORM_ACTS[kind] = type(_NORM_ACT, (Activated, kind), namespace)
+    return _NORM_ACTS[kind]
+
+
+def __getattr__(name: str) -> Any:
+    """Our class for timm's batch norm, which pickle asks for by name."""
+    if name != _NORM_ACT:
+        raise AttributeError(name)
+    return converted_norm(getattr(importlib.import_module("timm.layers"), _NORM_ACT))
+
+
+__all__ = ["NORMS", "Activated", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "converted_norm"]

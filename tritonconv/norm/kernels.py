@@ -80,7 +80,7 @@ def _tile(
 ):
     """Offsets and mask of a tile of a sum, and how many values of a channel it has."""
     if WIDE:
-        step = step.to(tl.int64)
+        step = tl.cast(step, tl.int64)
         images = tl.cast(images, tl.int64)
     if LAST:
         rows = images * pixels

@@ -95,7 +95,7 @@ def _tile_constexprs(view: NormView, config: Reduction) -> dict[str, Any]:
 
 
 def _shared_sum(
-    view: NormView, config: Reduction, numbers: int
+    view: NormView, config: Reduction
 ) -> tuple[tuple[int, ...], int, tuple[Workspace, ...]]:
     """Sizes of the grid's axes, number of programs, and the memory that the parts need."""
     tiles = -(-view.channels // reduction_width(view, config))
@@ -109,7 +109,7 @@ def _shared_sum(
     )
     spaces: tuple[Workspace, ...] = ()
     if config.parts > 1:
-        size = config.parts * (numbers * view.channels + tiles)
+        size = config.parts * (2 * view.channels + tiles)
         spaces = (
             Workspace("parts", (size,), torch.float32),
             Workspace("arrivals", (tiles,), torch.int32, counters=True),
@@ -142,8 +142,8 @@ def statistics_plan(
         config: how the sum is shared out; by default as suits the map.
     """
     view = problem.view
-    config = config or reduction_config(view, device)
-    sizes, programs, spaces = _shared_sum(view, config, 2)
+    config = config or reduction_config(view, device, problem.dtype.itemsize)
+    sizes, programs, spaces = _shared_sum(view, config)
     rows = view.rows
     call = KernelCall(
         kernels.statistics_kernel,
@@ -241,8 +241,9 @@ def backward_plan(
     calls: list[KernelCall] = []
     spaces: tuple[Workspace, ...] = ()
     if need_weight or need_bias or (need_x and problem.batch):
-        config = config or reduction_config(view, device)
-        sizes, programs, spaces = _shared_sum(view, config, 2)
+        maps = 3 if problem.residual and problem.function else 2
+        config = config or reduction_config(view, device, maps * problem.dtype.itemsize)
+        sizes, programs, spaces = _shared_sum(view, config)
         slots = _slots(problem, "grad", "input", *_READ)
         calls.append(
             KernelCall(

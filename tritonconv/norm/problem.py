@@ -122,7 +122,12 @@ def reduction_steps(view: NormView, config: Reduction) -> int:
 
 
 def reduction_config(
-    view: NormView, device: DeviceFacts, elements: int = 4096, per_unit: int = 2, stages: int = 4
+    view: NormView,
+    device: DeviceFacts,
+    value_bytes: int,
+    elements: int = 4096,
+    per_unit: int = 2,
+    stages: int = 4,
 ) -> Reduction:
     """Two programs for every multiprocessor, each with three tiles of 4096 elements under way.
 
@@ -132,9 +137,10 @@ def reduction_config(
     Args:
         view: the map.
         device: where.
+        value_bytes: bytes that are read for a value, in all maps together.
         elements: of a tile.
         per_unit: programs for every multiprocessor.
-        stages: see :class:`Reduction`.
+        stages: see :class:`Reduction`; no more than 48 KiB are under way in a program.
     """
     if view.last:
         block_c = min(64, power_of_two(view.channels))
@@ -145,6 +151,7 @@ def reduction_config(
         block_r = min(max(1, elements // block_c), power_of_two(view.images))
         tiles = view.channels
     num_warps = max(4, min(16, block_r * block_c // 512))
+    stages = max(2, min(stages, 1 + 48 * 1024 // (block_r * block_c * value_bytes)))
     draft = Reduction(block_r, block_c, 1, 1, num_warps, stages)
     parts = max(1, min(per_unit * device.sm_count // tiles, reduction_steps(view, draft)))
     width = reduction_width(view, draft)
