@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 import pickle
+from collections import Counter
 
 import pytest
 import torch

@@ -117,9 +117,7 @@ def _convert_norm(module: nn.Module) -> None:
     module.__class__ = converted_norm(kind)  # type: ignore[assignment]
 
 
-def convert(
-    model: nn.Module, *, fold: bool = False, batch_norm: bool = True
-) -> ConversionReport:
+def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = True) -> ConversionReport:
     """Run the convolutions and batch norms of a model on the library's kernels, in place.
 
     Every convolution of ``torch.nn``, of one to three axes and transposed, and every batch norm

@@ -84,9 +84,7 @@ def batch_norm(
     else:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean, running_var
-    result: Tensor = BATCH_NORM_APPLY(
-        input, mean, var, weight, bias, residual, key, eps, training
-    )
+    result: Tensor = BATCH_NORM_APPLY(input, mean, var, weight, bias, residual, key, eps, training)
     return result
 
 
@@ -128,7 +126,9 @@ def _check(
         if not isinstance(residual, Tensor):
             raise bad_type("residual", "a tensor or None", type(residual).__name__)
         if residual.shape != x.shape:
-            raise bad_value("residual", f"the input's shape {tuple(x.shape)}", tuple(residual.shape))
+            raise bad_value(
+                "residual", f"the input's shape {tuple(x.shape)}", tuple(residual.shape)
+            )
         if residual.device != x.device:
             raise bad_value("residual", f"the input's device {x.device}", residual.device)
 

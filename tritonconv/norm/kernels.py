@@ -326,9 +326,7 @@ def gradient_sums_kernel(
                 mask=inside,
             )
         if GRAD_BIAS:
-            tl.store(
-                grad_bias_ptr + channel, total.to(grad_bias_ptr.dtype.element_ty), mask=inside
-            )
+            tl.store(grad_bias_ptr + channel, total.to(grad_bias_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

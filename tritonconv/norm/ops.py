@@ -19,11 +19,11 @@ from ..runtime.device import device_facts
 from ..runtime.launch import Executable
 from ..runtime.recording import epoch
 from . import reference
+from .activation import derivative_of
 from .plans import (
     NormProblem,
     apply_plan,
     backward_plan,
-    derivative_of,
     statistics_plan,
 )
 from .problem import DTYPES, channels_innermost, view_of
@@ -296,9 +296,7 @@ def _apply(
     if True in found.copied:
         x, residual = found.dense(x, residual)  # type: ignore[assignment]
     y = torch.empty_like(x)
-    found.executable(
-        x, y, mean, var, *[t for t in (weight, bias, residual) if t is not None]
-    )
+    found.executable(x, y, mean, var, *[t for t in (weight, bias, residual) if t is not None])
     return y
 
 

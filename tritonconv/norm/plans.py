@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from ..codegen import Role, ScalarFunction
-from ..codegen.registry import program_of
 from ..runtime.device import DeviceFacts
 from ..runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from . import kernels
+from .activation import derivative_of, program_of
 from .problem import (
     NormView,
     Reduction,
@@ -50,15 +49,6 @@ class NormProblem:
     batch: bool = True
 
 
-def derivative_of(function: str) -> ScalarFunction:
-    """The scalar function (z, cotangent) of a registered activation's derivative."""
-    # Where gradients are off, PyTorch has simpler formulas, which have no derivative themselves.
-    with torch.enable_grad():
-        derivative = ScalarFunction(program_of(function).vjp(("z",)), ())
-    (cotangent,) = [a.name for a in derivative.arguments if a.name != "z"]
-    return derivative.with_roles(**{cotangent: Role.VALUE})
-
-
 def _slots(problem: NormProblem, *names: str) -> dict[str, Slot]:
     """Slots by name; what a call does not have is the input's, and is not read."""
     have = {"weight": problem.weight, "bias": problem.bias, "residual": problem.residual}
@@ -66,7 +56,7 @@ def _slots(problem: NormProblem, *names: str) -> dict[str, Slot]:
 
 
 def _dtypes(problem: NormProblem) -> dict[str, torch.dtype]:
-    dtypes = {name: problem.dtype for name in ("input", "output", "grad", "residual", "grad_input")}
+    dtypes = dict.fromkeys(("input", "output", "grad", "residual", "grad_input"), problem.dtype)
     dtypes |= {"grad_residual": problem.dtype, "sums": torch.float32}
     dtypes |= {"mean": problem.statistics, "var": problem.statistics}
     for name, dtype in (("weight", problem.weight), ("bias", problem.bias)):
@@ -297,4 +287,4 @@ def backward_plan(
     return LaunchPlan(tuple(calls), dtypes, spaces)
 
 
-__all__ = ["NormProblem", "apply_plan", "backward_plan", "derivative_of", "statistics_plan"]
+__all__ = ["NormProblem", "apply_plan", "backward_plan", "statistics_plan"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..codegen import ScalarFunction
-from ..codegen.registry import program_of
+from .activation import program_of
 
 Tensor = torch.Tensor
 
