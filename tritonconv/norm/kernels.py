@@ -102,7 +102,7 @@ def _tile(
 
 @triton.jit
 def _share(steps, parts, tiles):
-    """Which block of channels a program has, which part, and its first and last (exclusive) step."""
+    """A program's block of channels, which part of it, first and last (exclusive) step."""
     program = tl.program_id(0)
     tile = program % tiles
     part = program // tiles

@@ -8,132 +8,29 @@ itself its gradient goes through them too. ``batch_norm_backward`` is that gradi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..runtime import library
-from ..runtime.backend import uses_triton
 from ..runtime.device import device_facts
 from ..runtime.launch import Executable
-from ..runtime.recording import epoch
 from . import reference
-from .activation import derivative_of
-from .plans import (
-    NormProblem,
-    apply_plan,
-    backward_plan,
-    statistics_plan,
+from .launches import (
+    PREPARED,
+    WITH_TORCH,
+    Prepared,
+    empty_like,
+    kind,
+    layout,
+    named,
+    problem_of,
+    refresh,
+    serves,
 )
-from .problem import DTYPES, channels_innermost, view_of
+from .plans import apply_plan, backward_plan, statistics_plan
 
 Tensor = torch.Tensor
-Needed = tuple[bool, bool, bool, bool]
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A launch for tensors of one kind.
-
-    Attributes:
-        executable: what runs; None where PyTorch computes.
-        channels_last: what a map that is not dense is copied into.
-        copied: for every map of the call, the input first, whether it is to be copied.
-    """
-
-    executable: Executable | None
-    channels_last: bool = False
-    copied: tuple[bool, ...] = ()
-
-    def dense(self, *maps: Tensor | None) -> list[Tensor | None]:
-        """The maps in one order of memory."""
-        if True not in self.copied:
-            return list(maps)
-        first = maps[0]
-        assert first is not None
-        form = torch.contiguous_format
-        if self.channels_last:
-            form = torch.channels_last if first.dim() == 4 else torch.channels_last_3d
-        results = [first.contiguous(memory_format=form) if self.copied[0] else first]
-        for t, copied in zip(maps[1:], self.copied[1:], strict=True):
-            copy = copied and t is not None
-            results.append(torch.empty_like(results[0]).copy_(t) if copy else t)  # type: ignore[arg-type]
-        return list(results)
-
-
-_PREPARED: dict[Any, _Prepared] = {}
-_MAX_PREPARED = 4096
-_epoch = -1
-_WITH_TORCH = _Prepared(None)
-
-
-def _refresh() -> None:
-    """Forget what is prepared when settings have changed, or there is too much of it."""
-    global _epoch
-    if _epoch != epoch() or len(_PREPARED) > _MAX_PREPARED:
-        _epoch = epoch()
-        _PREPARED.clear()
-
-
-def _kind(t: Tensor | None) -> Any:
-    return None if t is None else (t.dtype, t.stride())
-
-
-def _wants_channels_last(x: Tensor) -> bool:
-    """Whether a map that is dense in no order is copied into channels_last."""
-    return x.dim() in (4, 5) and x.stride(1) == 1 and x.shape[1] > 1
-
-
-def _serves(x: Tensor, vectors: Sequence[Tensor | None]) -> bool:
-    return (
-        uses_triton(x.device)
-        and x.dtype in DTYPES
-        and x.numel() > 0
-        and all(t is None or t.is_contiguous() for t in vectors)
-    )
-
-
-def _layout(x: Tensor, *others: Tensor | None) -> tuple[bool, bool, tuple[bool, ...]]:
-    """Whether channels are innermost, whether a copy is to be channels_last, what is copied."""
-    found = channels_innermost(x.shape, x.stride())
-    wanted = found
-    if found is None:
-        wanted = _wants_channels_last(x)
-        if x.shape[2:].numel() == 1:
-            wanted = True
-    copied = [found is None]
-    for t in others:
-        copied.append(t is not None and channels_innermost(t.shape, t.stride()) is not wanted)
-    return bool(wanted), _wants_channels_last(x), tuple(copied)
-
-
-def _problem(
-    x: Tensor,
-    last: bool,
-    mean: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    function: str = "",
-    eps: float = 0.0,
-    batch: bool = True,
-) -> NormProblem:
-    return NormProblem(
-        view_of(x.shape, last),
-        x.dtype,
-        None if weight is None else weight.dtype,
-        None if bias is None else bias.dtype,
-        torch.float32 if mean is None else mean.dtype,
-        residual is not None,
-        function,
-        eps,
-        batch,
-    )
-
-
-def _named(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: t for name, t in tensors.items() if t is not None}
 
 
 def _statistics(
@@ -143,7 +40,7 @@ def _statistics(
     tracked: Tensor | None,
     momentum: float | None,
 ) -> tuple[Tensor, Tensor]:
-    _refresh()
+    refresh()
     if momentum is None and tracked is not None:
         tracked.add_(1)
     running = (running_mean, running_var)
@@ -153,17 +50,18 @@ def _statistics(
         x.stride(),
         x.dtype,
         x.device,
-        None if running_mean is None else running_mean.dtype,
+        kind(running_mean),
+        kind(running_var),
         tracked is None,
         momentum,
     )
-    found = _PREPARED.get(key)
+    found = PREPARED.get(key)
     if found is None:
-        found = _WITH_TORCH
-        if _serves(x, running):
-            last, form, copied = _layout(x)
+        found = WITH_TORCH
+        if serves(x, running):
+            last, form, copied = layout(x)
             plan = statistics_plan(
-                _problem(x, last),
+                problem_of(x, last),
                 device_facts(x.device),
                 None
                 if running_mean is None or running_var is None
@@ -171,7 +69,7 @@ def _statistics(
                 momentum,
                 tracked is not None,
             )
-            names = _named(
+            names = named(
                 input=x,
                 mean=x,
                 var=x,
@@ -179,8 +77,8 @@ def _statistics(
                 running_var=running_var,
                 tracked=tracked,
             )
-            found = _Prepared(Executable(plan, tuple(names)), form, copied)
-        _PREPARED[key] = found
+            found = Prepared(Executable(plan, tuple(names)), form, copied)
+        PREPARED[key] = found
     if found.executable is None:
         return _statistics_with_torch(x, running_mean, running_var, tracked, momentum)
     (x,) = found.dense(x)  # type: ignore[assignment]
@@ -244,16 +142,6 @@ class _Statistics(library.OpFunction):
         return (None,) * 5
 
 
-def _like(x: Tensor) -> Tensor:
-    """An empty result: in the order of a dense input, else as the input is copied."""
-    if channels_innermost(x.shape, x.stride()) is not None:
-        return torch.empty_like(x)
-    form = torch.contiguous_format
-    if _wants_channels_last(x):
-        form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return torch.empty_like(x, memory_format=form)
-
-
 def _apply(
     x: Tensor,
     mean: Tensor,
@@ -265,34 +153,37 @@ def _apply(
     eps: float,
     batch: bool,
 ) -> Tensor:
-    _refresh()
+    refresh()
     key = (
         "apply",
         x.shape,
         x.stride(),
         x.dtype,
         x.device,
-        mean.dtype,
-        None if weight is None else weight.dtype,
-        None if bias is None else bias.dtype,
+        kind(mean),
+        kind(var),
+        kind(weight),
+        kind(bias),
         None if residual is None else residual.stride(),
         function,
         eps,
     )
-    found = _PREPARED.get(key)
+    found = PREPARED.get(key)
     if found is None:
-        found = _WITH_TORCH
-        if _serves(x, (mean, var, weight, bias)):
-            last, form, copied = _layout(x, residual)
-            plan = apply_plan(_problem(x, last, mean, weight, bias, residual, function, eps, batch))
-            names = _named(
+        found = WITH_TORCH
+        if serves(x, (mean, var, weight, bias)):
+            last, form, copied = layout(x, residual)
+            plan = apply_plan(
+                problem_of(x, last, mean, weight, bias, residual, function, eps, batch)
+            )
+            names = named(
                 input=x, output=x, mean=x, var=x, weight=weight, bias=bias, residual=residual
             )
-            found = _Prepared(Executable(plan, tuple(names)), form, copied)
-        _PREPARED[key] = found
+            found = Prepared(Executable(plan, tuple(names)), form, copied)
+        PREPARED[key] = found
     if found.executable is None:
         y = reference.normalise(x, mean, var, weight, bias, residual, function, eps)
-        return _like(x).copy_(y)
+        return empty_like(x).copy_(y)
     if True in found.copied:
         x, residual = found.dense(x, residual)  # type: ignore[assignment]
     y = torch.empty_like(x)
@@ -301,7 +192,7 @@ def _apply(
 
 
 def _apply_fake(x: Tensor, *others: Any) -> Tensor:
-    return _like(x)
+    return empty_like(x)
 
 
 class _Apply(library.OpFunction):
@@ -362,7 +253,7 @@ def _backward(
     batch: bool,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    _refresh()
+    refresh()
     key = (
         "backward",
         x.shape,
@@ -370,25 +261,26 @@ def _backward(
         x.dtype,
         x.device,
         grad.stride(),
-        mean.dtype,
-        None if weight is None else weight.dtype,
-        None if bias is None else bias.dtype,
+        kind(mean),
+        kind(var),
+        kind(weight),
+        kind(bias),
         None if residual is None else residual.stride(),
         function,
         eps,
         batch,
         *needed,
     )
-    found = _PREPARED.get(key)
+    found = PREPARED.get(key)
     need_x, need_weight, need_bias, need_residual = needed
     if found is None:
-        found = _WITH_TORCH
-        if _serves(x, (mean, var, weight, bias)):
-            last, form, copied = _layout(x, grad, residual)
-            problem = _problem(x, last, mean, weight, bias, residual, function, eps, batch)
+        found = WITH_TORCH
+        if serves(x, (mean, var, weight, bias)):
+            last, form, copied = layout(x, grad, residual)
+            problem = problem_of(x, last, mean, weight, bias, residual, function, eps, batch)
             asked = (need_x, need_weight, need_bias, need_residual)
             plan = backward_plan(problem, device_facts(x.device), asked)
-            names = _named(
+            names = named(
                 input=x,
                 grad=grad,
                 mean=mean,
@@ -402,8 +294,8 @@ def _backward(
                 grad_bias=x if need_bias else None,
                 grad_residual=x if need_residual else None,
             )
-            found = _Prepared(Executable(plan, tuple(names)), form, copied)
-        _PREPARED[key] = found
+            found = Prepared(Executable(plan, tuple(names)), form, copied)
+        PREPARED[key] = found
     if found.executable is None:
         return _backward_with_torch(
             grad, x, mean, var, weight, bias, residual, function, eps, batch, needed
@@ -425,60 +317,13 @@ def _backward(
     return results
 
 
-def _formula(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    function: str,
-    eps: float,
-    batch: bool,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    """The gradients in plain PyTorch; ``mean`` and ``var`` are functions of x if it says so."""
-    wide = reference.wide_dtype(x.dtype)
-    vector = (1, -1, *[1] * (x.dim() - 2))
-    axes = [0, *range(2, x.dim())]
-    rstd = torch.rsqrt(var.to(wide) + eps)
-    normal = (x.to(wide) - mean.to(wide).reshape(vector)) * rstd.reshape(vector)
-    g = grad.to(wide)
-    if function:
-        z = normal if weight is None else normal * weight.to(wide).reshape(vector)
-        if bias is not None:
-            z = z + bias.to(wide).reshape(vector)
-        if residual is not None:
-            z = z + residual.to(wide)
-        found = derivative_of(function)(z, g)
-        assert isinstance(found, Tensor)
-        g = found
-    results = []
-    if needed[0]:
-        scale = rstd if weight is None else rstd * weight.to(wide)
-        dx = g
-        if batch:
-            dx = dx - g.mean(axes, True) - normal * (g * normal).mean(axes, True)
-        results.append((dx * scale.reshape(vector)).to(x.dtype))
-    if needed[1]:
-        assert weight is not None
-        results.append((g * normal).sum(axes).to(weight.dtype))
-    if needed[2]:
-        assert bias is not None
-        results.append(g.sum(axes).to(bias.dtype))
-    if needed[3]:
-        results.append(g.to(x.dtype))
-    return results
-
-
 def _backward_with_torch(
     grad: Tensor, x: Tensor, mean: Tensor, var: Tensor, *rest: Any
 ) -> list[Tensor]:
-    found = _formula(grad, x, mean, var, *rest)
+    found = reference.gradients(grad, x, mean, var, *rest)
     maps = {0} if rest[-1][0] else set()
     maps |= {len(found) - 1} if rest[-1][3] else set()
-    return [_like(x).copy_(t) if k in maps else t for k, t in enumerate(found)]
+    return [empty_like(x).copy_(t) if k in maps else t for k, t in enumerate(found)]
 
 
 def _backward_fake(
@@ -494,12 +339,12 @@ def _backward_fake(
     batch: bool,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    results = [_like(x)] if needed[0] else []
+    results = [empty_like(x)] if needed[0] else []
     for wanted, t in ((needed[1], weight), (needed[2], bias)):
         if wanted:
             assert t is not None
             results.append(torch.empty_like(t))
-    return [*results, _like(x)] if needed[3] else results
+    return [*results, empty_like(x)] if needed[3] else results
 
 
 class _Backward(library.OpFunction):
@@ -521,12 +366,13 @@ class _Backward(library.OpFunction):
         free = [k for k in (0, 1, 4, 5, 6) if tensors[k] is not None and ctx.needs_input_grad[k]]
 
         def formula(*values: Tensor) -> tuple[Tensor, ...]:
-            given = list(tensors)
+            given: list[Any] = list(tensors)
             for k, value in zip(free, values, strict=True):
                 given[k] = value
             if ctx.batch:
                 given[2:4] = reference.statistics(given[1])
-            return tuple(_formula(*given, ctx.function, ctx.eps, ctx.batch, ctx.needed))
+            given += [ctx.function, ctx.eps, ctx.batch, ctx.needed]
+            return tuple(reference.gradients(*given))
 
         results: list[Tensor | None] = [None] * 11
         if free:

@@ -54,9 +54,7 @@ def channels_innermost(shape: Sequence[int], strides: Sequence[int]) -> bool | N
     """
     axes = list(range(len(shape)))
     if _dense(shape, strides, [0, *axes[2:], 1]):
-        if math.prod(shape[2:]) == 1 or not _dense(shape, strides, axes):
-            return True
-        return False
+        return math.prod(shape[2:]) == 1 or not _dense(shape, strides, axes)
     return False if _dense(shape, strides, axes) else None
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..codegen import ScalarFunction
-from .activation import program_of
+from .activation import derivative_of, program_of
 
 Tensor = torch.Tensor
 
@@ -55,4 +57,51 @@ def normalise(
     return activated(function, z).to(x.dtype)
 
 
-__all__ = ["activated", "normalise", "statistics", "wide_dtype"]
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    function: str,
+    eps: float,
+    batch: bool,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients in plain PyTorch; ``mean`` and ``var`` are functions of x if it says so."""
+    wide = wide_dtype(x.dtype)
+    vector = (1, -1, *[1] * (x.dim() - 2))
+    axes = [0, *range(2, x.dim())]
+    rstd = torch.rsqrt(var.to(wide) + eps)
+    normal = (x.to(wide) - mean.to(wide).reshape(vector)) * rstd.reshape(vector)
+    g = grad.to(wide)
+    if function:
+        z = normal if weight is None else normal * weight.to(wide).reshape(vector)
+        if bias is not None:
+            z = z + bias.to(wide).reshape(vector)
+        if residual is not None:
+            z = z + residual.to(wide)
+        found = derivative_of(function)(z, g)
+        assert isinstance(found, Tensor)
+        g = found
+    results = []
+    if needed[0]:
+        scale = rstd if weight is None else rstd * weight.to(wide)
+        dx = g
+        if batch:
+            dx = dx - g.mean(axes, True) - normal * (g * normal).mean(axes, True)
+        results.append((dx * scale.reshape(vector)).to(x.dtype))
+    if needed[1]:
+        assert weight is not None
+        results.append((g * normal).sum(axes).to(weight.dtype))
+    if needed[2]:
+        assert bias is not None
+        results.append(g.sum(axes).to(bias.dtype))
+    if needed[3]:
+        results.append(g.to(x.dtype))
+    return results
+
+
+__all__ = ["activated", "gradients", "normalise", "statistics", "wide_dtype"]
