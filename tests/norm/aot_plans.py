@@ -19,8 +19,11 @@ VIEWS = {
     "large map": NormView(64, 64, 3136, True),
     "small map": NormView(64, 2048, 49, True),
     "odd channels": NormView(3, 63, 197, True),
+    "eights": NormView(64, 72, 784, True),
     "channels first": NormView(64, 64, 3136, False),
     "small maps first": NormView(64, 512, 49, False),
+    "one channel": NormView(1, 1, 81, False),
+    "one row": NormView(1, 64, 2, True),
 }
 
 
@@ -53,7 +56,7 @@ def main(target: str) -> None:
             running = (torch.float32, torch.float32)
             affine = problem.weight is not None
             plans = (
-                statistics_plan(problem, device, running, 0.1, True),
+                statistics_plan(problem, device, running, None if "one" in name else 0.1, True),
                 apply_plan(problem),
                 backward_plan(problem, device, (True, affine, affine, problem.residual)),
             )

@@ -55,6 +55,8 @@ SHAPES = {
     "one-channel": ((5, 1, 3, 9), "first"),
     "pooled": ((197, 3, 1, 1), "first"),
     "aligned-last": ((2, 64, 8, 16), "last"),
+    "eights-last": ((2, 40, 9, 9), "last"),
+    "fours-first": ((3, 5, 2, 10), "first"),
     "aligned-first": ((2, 2, 16, 32), "first"),
     "tall-last": ((3, 5, 40, 41), "last"),
     "tall-first": ((9, 2, 33, 37), "first"),

@@ -22,6 +22,15 @@ def _last_to_arrive(counter_ptr, parts):
 
 
 @triton.jit
+def _whole(extent, UNIT: tl.constexpr):
+    """An extent, so written that the compiler sees it is a multiple of ``UNIT``."""
+    if UNIT == 1:
+        return extent
+    else:
+        return extent // UNIT * UNIT
+
+
+@triton.jit
 def _load(ptr, offsets, mask, MASKED: tl.constexpr):
     """A tile in float32."""
     if MASKED:
@@ -77,6 +86,7 @@ def _tile(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Offsets and mask of a tile of a sum, and how many values of a channel it has."""
     if WIDE:
@@ -89,6 +99,7 @@ def _tile(
         mask = (row < rows)[:, None] & (channel < channels)[None, :]
         count = tl.minimum(rows - step * BLOCK_R, BLOCK_R)
     else:
+        pixels = _whole(pixels, UNIT)
         across = tl.cdiv(pixels, BLOCK_C)
         top = step // across * BLOCK_R
         left = step % across * BLOCK_C
@@ -142,17 +153,20 @@ def statistics_kernel(
     WIDTH: tl.constexpr,
     MERGE: tl.constexpr,
     STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Mean and biased variance of every channel; the running ones move.
 
     Every program sums distances, and their squares, from the mean of its first tile; parts are
     merged by Chan's formula. Nothing large is subtracted from anything large.
     """
+    if LAST:
+        channels = _whole(channels, UNIT)
     tile, part, first, last = _share(steps, parts, tiles)
     channel = tile * WIDTH + tl.arange(0, WIDTH)
     inside = channel < channels
     offsets, mask, count = _tile(
-        first, channel, images, channels, pixels, LAST, BLOCK_R, BLOCK_C, WIDE
+        first, channel, images, channels, pixels, LAST, BLOCK_R, BLOCK_C, WIDE, UNIT
     )
     x = _load(x_ptr, offsets, mask, MASKED)
     shift = _add_up(x, LAST) / count
@@ -162,7 +176,7 @@ def statistics_kernel(
     squares = distance * distance
     for step in tl.range(first + 1, last, num_stages=STAGES):
         offsets, mask, more = _tile(
-            step, channel, images, channels, pixels, LAST, BLOCK_R, BLOCK_C, WIDE
+            step, channel, images, channels, pixels, LAST, BLOCK_R, BLOCK_C, WIDE, UNIT
         )
         x = _load(x_ptr, offsets, mask, MASKED)
         distance = _keep(x - origin, mask, MASKED)
@@ -269,8 +283,11 @@ def gradient_sums_kernel(
     WIDTH: tl.constexpr,
     MERGE: tl.constexpr,
     STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Σ g and Σ g·x̂ of every channel, g being the gradient in front of the activation."""
+    if LAST:
+        channels = _whole(channels, UNIT)
     tile, part, first, last = _share(steps, parts, tiles)
     channel = tile * WIDTH + tl.arange(0, WIDTH)
     inside = channel < channels
@@ -282,7 +299,7 @@ def gradient_sums_kernel(
     products = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         offsets, mask, _ = _tile(
-            step, channel, images, channels, pixels, LAST, BLOCK_R, BLOCK_C, WIDE
+            step, channel, images, channels, pixels, LAST, BLOCK_R, BLOCK_C, WIDE, UNIT
         )
         g = _load(grad_ptr, offsets, mask, MASKED)
         x = _load(x_ptr, offsets, mask, MASKED)
@@ -338,8 +355,10 @@ def _place(
     WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Offsets, mask and channels of a tile of the matrix that an elementwise kernel walks."""
+    width = _whole(width, UNIT)
     across = tl.cdiv(width, BLOCK_C)
     program = tl.program_id(0)
     if WIDE:
@@ -379,9 +398,12 @@ def apply_kernel(
     WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """y = f(weight · (x − mean) / √(var + eps) + bias + residual)."""
-    offsets, mask, channel, inside = _place(height, width, channels, LAST, WIDE, BLOCK_R, BLOCK_C)
+    offsets, mask, channel, inside = _place(
+        height, width, channels, LAST, WIDE, BLOCK_R, BLOCK_C, UNIT
+    )
     x = _load(x_ptr, offsets, mask, MASKED)
     mean = _vector(mean_ptr, channel, inside, True, 0.0)
     scale = tl.rsqrt(_vector(var_ptr, channel, inside, True, 0.0) + eps)
@@ -425,12 +447,15 @@ def gradients_kernel(
     WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """dx = weight / √(var + eps) · (g − (Σ g + x̂ · Σ g·x̂) / R), and g for the residual.
 
     Statistics that are not those of the batch are constants: without the sums, then.
     """
-    offsets, mask, channel, inside = _place(height, width, channels, LAST, WIDE, BLOCK_R, BLOCK_C)
+    offsets, mask, channel, inside = _place(
+        height, width, channels, LAST, WIDE, BLOCK_R, BLOCK_C, UNIT
+    )
     g = _load(grad_ptr, offsets, mask, MASKED)
     x = _load(x_ptr, offsets, mask, MASKED)
     mean = _vector(mean_ptr, channel, inside, True, 0.0)

@@ -12,6 +12,7 @@ from ..runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from . import kernels
 from .activation import derivative_of, program_of
 from .problem import (
+    Elementwise,
     NormView,
     Reduction,
     elementwise_config,
@@ -81,6 +82,7 @@ def _tile_constexprs(view: NormView, config: Reduction) -> dict[str, Any]:
         "WIDTH": reduction_width(view, config),
         "MERGE": config.merge,
         "STAGES": config.stages,
+        "UNIT": view.unit,
     }
 
 
@@ -171,9 +173,11 @@ def _workspace_dtypes(spaces: tuple[Workspace, ...]) -> dict[str, torch.dtype]:
     return {space.name: space.dtype for space in spaces}
 
 
-def _walk(view: NormView) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any], int]:
+def _walk(
+    view: NormView, config: Elementwise | None
+) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, Any], int]:
     """Grid, sizes, constexprs and warps of an elementwise kernel."""
-    config = elementwise_config(view)
+    config = config or elementwise_config(view)
     height, width = view.matrix
     grid = (-(-height // config.block_r) * -(-width // config.block_c), 1, 1)
     masked = bool(height % config.block_r or width % config.block_c)
@@ -183,6 +187,7 @@ def _walk(view: NormView) -> tuple[tuple[int, int, int], tuple[int, ...], dict[s
         "WIDE": view.wide,
         "BLOCK_R": config.block_r,
         "BLOCK_C": config.block_c,
+        "UNIT": view.unit,
     }
     return grid, (height, width, view.channels), constexprs, config.num_warps
 
@@ -198,9 +203,9 @@ def _parameters(problem: NormProblem) -> dict[str, bool]:
 _READ = ("mean", "var", "weight", "bias", "residual")
 
 
-def apply_plan(problem: NormProblem) -> LaunchPlan:
+def apply_plan(problem: NormProblem, config: Elementwise | None = None) -> LaunchPlan:
     """Normalise, add, activate."""
-    grid, sizes, constexprs, warps = _walk(problem.view)
+    grid, sizes, constexprs, warps = _walk(problem.view, config)
     slots = _slots(problem, "input", "output", *_READ)
     function = program_of(problem.function).jit if problem.function else None
     call = KernelCall(
@@ -218,6 +223,7 @@ def backward_plan(
     device: DeviceFacts,
     needed: tuple[bool, bool, bool, bool],
     config: Reduction | None = None,
+    tile: Elementwise | None = None,
 ) -> LaunchPlan:
     """Gradients of input, weight, bias and residual, those that are needed.
 
@@ -258,7 +264,7 @@ def backward_plan(
             )
         )
     if need_x or need_residual:
-        grid, sizes, constexprs, warps = _walk(view)
+        grid, sizes, constexprs, warps = _walk(view, tile)
         slots = _slots(problem, "grad", "input", *_READ)
         calls.append(
             KernelCall(

@@ -42,6 +42,12 @@ class NormView:
         return self.images * self.channels, self.pixels
 
     @property
+    def unit(self) -> int:
+        """What the innermost extent is a multiple of, where Triton does not see it by itself."""
+        unit = math.gcd(self.matrix[1], 16)
+        return unit if unit < 16 else 1
+
+    @property
     def wide(self) -> bool:
         """Whether offsets pass 32 bits, tiles that overhang the end included."""
         return 2 * self.images * self.channels * self.pixels >= 2**31
@@ -141,7 +147,7 @@ def reduction_config(
         stages: see :class:`Reduction`; no more than 48 KiB are under way in a program.
     """
     if view.last:
-        block_c = min(64, power_of_two(view.channels))
+        block_c = _channels(view.channels)
         block_r = min(elements // block_c, max(8, power_of_two(view.rows)))
         tiles = -(-view.channels // block_c)
     else:
@@ -160,10 +166,17 @@ def reduction_config(
 def elementwise_config(view: NormView) -> Elementwise:
     """Tiles of 4096 elements, whole 128-byte lines where the map has them."""
     height, width = view.matrix
-    block_c = min(64, power_of_two(width)) if view.last else _columns(width)
+    block_c = _channels(width) if view.last else _columns(width)
     block_r = min(max(1, 4096 // block_c), power_of_two(height))
     # Rows that begin anywhere are loaded element by element, which takes registers.
     return Elementwise(block_r, block_c, 4 if width % 8 == 0 else 8)
+
+
+def _channels(channels: int) -> int:
+    """Channels of a tile: few beyond the last one, but not short lines either."""
+    if channels <= 16:
+        return power_of_two(channels)
+    return min((64, 32, 16), key=lambda block: -(-channels // block) * (block + 8))
 
 
 def _columns(pixels: int) -> int:
