@@ -148,8 +148,8 @@ def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = True) ->
         >>> model = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
         >>> print(tc.nn.convert(model))
-        module  now                               note
-        ------  --------------------------------  ----
+        module  now                            note
+        ------  -----------------------------  ----
         0       tritonconv.nn.Conv2d
         1       tritonconv.nn.BatchNorm2d + 2
         2 converted, 0 kept
