@@ -11,7 +11,7 @@ import torch
 from ..conv.fused_input_ops import apply_elementwise
 from ..conv.prologue import bind_prologue
 from ..norm.activation import activation_key
-from ..norm.api import batch_norm
+from ..norm.api import normalise
 from ..norm.reference import wide_dtype
 
 Tensor = torch.Tensor
@@ -45,11 +45,10 @@ class Activated(torch.nn.modules.batchnorm._BatchNorm):
         moving = self.training and self.track_running_stats
         reads = moving or not batch
         activation = self.activation
-        # What reads tensors or coordinates takes a launch of its own.
-        apart = activation is not None and (
-            activation_key(activation, wide_dtype(input.dtype)) is None
-        )
-        y = batch_norm(
+        key: str | None = ""
+        if activation is not None:
+            key = activation_key(activation, wide_dtype(input.dtype))
+        y = normalise(
             input,
             self.running_mean if reads else None,
             self.running_var if reads else None,
@@ -58,11 +57,15 @@ class Activated(torch.nn.modules.batchnorm._BatchNorm):
             batch,
             self.momentum,
             self.eps,
-            num_batches_tracked=self.num_batches_tracked if moving else None,
-            activation=None if apart else activation,
-            residual=residual,
+            self.num_batches_tracked if moving else None,
+            key or "",
+            residual,
+            check=True,
         )
-        return _activated(activation, y) if apart else y  # type: ignore[arg-type]
+        if key is None:  # what reads tensors or coordinates takes a launch of its own
+            assert activation is not None
+            return _activated(activation, y)
+        return y
 
     def extra_repr(self) -> str:
         """The constructor's arguments, with the activation's name."""

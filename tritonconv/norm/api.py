@@ -63,12 +63,44 @@ def batch_norm(
         True
     """
     _check(input, running_mean, running_var, weight, bias, training, residual)
-    if residual is not None and residual.dtype is not input.dtype:
-        residual = residual.to(input.dtype)
     key = activation_key(activation, wide_dtype(input.dtype))
     if key is None:
         expected = "a function of one number that reads no tensor and no coordinate"
         raise bad_value("activation", expected, activation)
+    return normalise(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked,
+        key,
+        residual,
+    )
+
+
+def normalise(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+    key: str,
+    residual: Tensor | None,
+    check: bool = False,
+) -> Tensor:
+    """:func:`batch_norm` with the key of its activation; unchecked unless asked."""
+    if check:
+        _check(input, running_mean, running_var, weight, bias, training, residual)
+    if residual is not None and residual.dtype is not input.dtype:
+        residual = residual.to(input.dtype)
     if training:
         if running_mean is None:
             num_batches_tracked = None
@@ -133,4 +165,4 @@ def _check(
             raise bad_value("residual", f"the input's device {x.device}", residual.device)
 
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "normalise"]
