@@ -124,7 +124,8 @@ def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = True) ->
     becomes the module of that name in :mod:`tritonconv.nn` with the same parameters, hooks, mode
     and place in the state_dict. A batch norm also does the work of an activation module behind it
     where ``torch.fx`` proves that nothing else reads its result, in training mode and in eval mode;
-    both modes stay open. :func:`revert` undoes it.
+    both modes stay open. :func:`revert` undoes it. What replaces batch norms by modules of its own,
+    such as ``SyncBatchNorm.convert_sync_batchnorm``, comes before: it knows of no activation.
 
     Args:
         model: changed in place; its module objects stay the same.
