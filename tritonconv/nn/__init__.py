@@ -3,9 +3,13 @@
 from .batch_norm import ConvBatchNorm1d, ConvBatchNorm2d, ConvBatchNorm3d, Unnormalised
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .convert import ConversionReport, Converted, Kept, convert, revert
+from .norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .scaled import ScaledConv1d, ScaledConv2d, ScaledConv3d
 
 __all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "Conv1d",
     "Conv2d",
     "Conv3d",

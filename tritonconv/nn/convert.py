@@ -1,4 +1,4 @@
-"""Convert the convolutions of an existing model in place, and back.
+"""Convert the convolutions and batch norms of an existing model in place, and back.
 
 A module keeps its identity: only its class changes, so parameters, hooks, state_dict keys, the
 optimizer's references and modules that are shared stay what they were.
@@ -9,24 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from ..conv.problem import DTYPES
 from ..runtime.errors import bad_type, bad_value
+from .activate import TAKEN, followers, take_over
 from .conv import CONVERTED, Fused
-from .fold import CLASS, Chain, chains, fold_into
+from .fold import ACTIVATIONS, CLASS, Chain, _hooked, _inner_activation, chains, fold_into
+from .norm import NORMS, Activated, converted_norm
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A convolution that runs on the library's kernels now.
+    """A convolution or batch norm that runs on the library's kernels now.
 
     Attributes:
         name: path of the module in the model.
-        folded: paths of the modules that its epilogue took over.
-        reason: with ``fold=True``, why the epilogue took over no more than that.
+        folded: paths of the modules whose work it does too.
+        reason: why it took over no more than that; of a convolution with ``fold=True`` only.
         kind: name of its class in ``tritonconv.nn``.
     """
 
@@ -38,7 +41,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Kept:
-    """A convolution that stays as it is, and why."""
+    """A convolution or batch norm that stays as it is, and why."""
 
     name: str
     kind: str
@@ -84,12 +87,45 @@ def _why_kept(module: nn.Module) -> str | None:
     return None
 
 
-def convert(model: nn.Module, *, fold: bool = False) -> ConversionReport:
-    """Run the convolutions of a model on the library's kernels, in place.
+def _why_norm_kept(module: nn.Module) -> str | None:
+    """Why a batch norm cannot be converted; None when it can."""
+    kind = type(module)
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: call the model once before converting it"
+    if isinstance(module, nn.SyncBatchNorm):
+        return "its statistics are of several processes"
+    if parametrize.is_parametrized(module):
+        return "its parameters are parametrized"
+    if converted_norm(kind) is None:
+        return f"subclass of a batch norm: {kind.__module__}.{kind.__qualname__}"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if kind not in NORMS:
+        drop, act = getattr(module, "drop", None), _inner_activation(module)
+        if type(drop) not in (type(None), nn.Identity):
+            return f"has {type(drop).__name__} in it"
+        if act is not None and (type(act) not in ACTIVATIONS or _hooked(act)):
+            return f"has {type(act).__name__} in it, hooked or not known"
+    return None
 
-    Every convolution of ``torch.nn``, of one to three axes and transposed, becomes the module of
-    that name in :mod:`tritonconv.nn` with the same parameters, hooks, mode and place in the
-    state_dict. :func:`revert` undoes it.
+
+def _convert_norm(module: nn.Module) -> None:
+    kind = type(module)
+    act = None if kind in NORMS else _inner_activation(module)
+    activation = None if act is None else ACTIVATIONS[type(act)](act)
+    module.__dict__.update({CLASS: kind, "activation": activation})
+    module.__class__ = converted_norm(kind)  # type: ignore[assignment]
+
+
+def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = True) -> ConversionReport:
+    """Run the convolutions and batch norms of a model on the library's kernels, in place.
+
+    Every convolution of ``torch.nn``, of one to three axes and transposed, and every batch norm
+    becomes the module of that name in :mod:`tritonconv.nn` with the same parameters, hooks, mode
+    and place in the state_dict. A batch norm also does the work of an activation module behind it
+    where ``torch.fx`` proves that nothing else reads its result, in training mode and in eval mode;
+    both modes stay open. :func:`revert` undoes it. What replaces batch norms by modules of its own,
+    such as ``SyncBatchNorm.convert_sync_batchnorm``, comes before: it knows of no activation.
 
     Args:
         model: changed in place; its module objects stay the same.
@@ -99,6 +135,7 @@ def convert(model: nn.Module, *, fold: bool = False) -> ConversionReport:
             parameters and statistics. That nothing else reads the intermediate results is proven
             by ``torch.fx``; where the model cannot be traced, by tracing its submodules, each
             taken to be called as a whole. The model must stay in eval mode until it is reverted.
+        batch_norm: whether batch norms that are not folded are converted.
 
     Returns:
         What was converted and folded, what was not, and why.
@@ -111,7 +148,13 @@ def convert(model: nn.Module, *, fold: bool = False) -> ConversionReport:
         >>> import torch, tritonconv as tc
         >>> model = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
-        >>> print(tc.nn.convert(model, fold=True))
+        >>> print(tc.nn.convert(model))
+        module  now                            note
+        ------  -----------------------------  ----
+        0       tritonconv.nn.Conv2d
+        1       tritonconv.nn.BatchNorm2d + 2
+        2 converted, 0 kept
+        >>> print(tc.nn.convert(tc.nn.revert(model), fold=True))
         module  now                           note
         ------  ----------------------------  ----
         0       tritonconv.nn.Conv2d + 1 + 2
@@ -127,7 +170,11 @@ def convert(model: nn.Module, *, fold: bool = False) -> ConversionReport:
         raise bad_value(
             "fold", "a model in eval mode (model.eval()) with fold=True", "training mode"
         )
-    kept = []
+    if fold:
+        for module in model.modules():  # what an earlier call made of them cannot be folded
+            if isinstance(module, Activated):
+                _revert_norm(module)
+    rows: dict[nn.Module, Converted | Kept] = {}
     names: dict[Fused, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, Fused):
@@ -139,14 +186,13 @@ def convert(model: nn.Module, *, fold: bool = False) -> ConversionReport:
             continue
         reason = _why_kept(module)
         if reason is not None:
-            kept.append(Kept(name, type(module).__name__, reason))
+            rows[module] = Kept(name, type(module).__name__, reason)
             continue
         module.__dict__.update({CLASS: type(module), "epilogue": None, "precision": None})
         module.__class__ = CONVERTED[type(module)]
         assert isinstance(module, Fused)
         names[module] = name
     found, untraced = chains(model) if fold else ({}, "")
-    converted = []
     paths = {module: path for path, module in model.named_modules()}
     for module, name in names.items():
         kind = type(module).__name__
@@ -157,8 +203,51 @@ def convert(model: nn.Module, *, fold: bool = False) -> ConversionReport:
         if chain.modules:
             fold_into(module, chain.modules)
         folded = tuple(paths[m] for m in chain.modules)
-        converted.append(Converted(name, folded, chain.end, kind))
-    return ConversionReport(tuple(converted), tuple(kept))
+        rows[module] = Converted(name, folded, chain.end, kind)
+    if batch_norm:
+        rows |= _convert_norms(model, paths)
+    ordered = [rows[module] for module in model.modules() if module in rows]
+    return ConversionReport(
+        tuple(row for row in ordered if isinstance(row, Converted)),
+        tuple(row for row in ordered if isinstance(row, Kept)),
+    )
+
+
+def _convert_norms(
+    model: nn.Module, paths: dict[nn.Module, str]
+) -> dict[nn.Module, Converted | Kept]:
+    """Convert the batch norms that were not folded, and give them the activations behind them."""
+    rows: dict[nn.Module, Converted | Kept] = {}
+    fresh: list[nn.Module] = []
+    open_to: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, Activated):
+            # Our own layers are no news, but may have an activation behind them.
+            if type(module) in NORMS.values() and module.activation is None:
+                open_to.append(module)
+            continue
+        if not isinstance(module, _BatchNorm) or CLASS in module.__dict__:
+            continue
+        reason = _why_norm_kept(module)
+        if reason is not None:
+            rows[module] = Kept(paths[module], type(module).__name__, reason)
+            continue
+        _convert_norm(module)
+        fresh.append(module)
+        if module.activation is None:
+            open_to.append(module)
+    found, untraced = followers(model, set(open_to)) if open_to else ({}, "")
+    for module in dict.fromkeys((*fresh, *open_to)):
+        taken, reason = None, ""
+        if module in open_to:
+            taken, reason = found.get(module, (None, untraced))
+        if taken is not None:
+            assert isinstance(module, Activated)
+            take_over(module, taken)
+        if taken is not None or module in fresh:
+            folded = () if taken is None else (paths[taken],)
+            rows[module] = Converted(paths[module], folded, reason, type(module).__name__)
+    return rows
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -173,6 +262,9 @@ def revert(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise bad_type("model", "a torch.nn.Module", type(model).__name__)
     for module in model.modules():
+        if isinstance(module, Activated):
+            _revert_norm(module)
+            continue
         former = module.__dict__.pop(CLASS, None)
         if former is None:
             continue
@@ -184,6 +276,21 @@ def revert(model: nn.Module) -> nn.Module:
                 del module.epilogue, module.precision
         module.__class__ = former
     return model
+
+
+def _revert_norm(module: Activated) -> None:
+    """Give a batch norm its former class, and the activation that it took over its own."""
+    taken = module.__dict__.pop(TAKEN, None)
+    if taken is not None:
+        taken.__class__ = taken.__dict__.pop(CLASS, type(taken))
+    former = module.__dict__.pop(CLASS, None)
+    if former is None:
+        return
+    if issubclass(former, Activated):
+        module.activation = None
+    else:
+        del module.activation
+    module.__class__ = former
 
 
 __all__ = ["ConversionReport", "Converted", "Kept", "convert", "revert"]

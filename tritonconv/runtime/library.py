@@ -59,6 +59,7 @@ class Op:
         # for one would cost more than the rest of the dispatch.
         kinds = [str(argument.type) for argument in overload._schema.arguments]
         self.tensors = tuple(k for k, kind in enumerate(kinds) if kind == "Tensor")
+        self.optional = tuple(k for k, kind in enumerate(kinds) if kind == "Optional[Tensor]")
         self.lists = tuple(k for k, kind in enumerate(kinds) if kind == "List[Tensor]")
 
     def __call__(self, *args: Any) -> Any:
@@ -90,6 +91,12 @@ class Op:
             tensor = args[k]
             if type(tensor) not in PLAIN_TYPES or tensor.is_meta or tensor.is_neg():
                 return False
+        for k in self.optional:
+            tensor = args[k]
+            if tensor is not None and (
+                type(tensor) not in PLAIN_TYPES or tensor.is_meta or tensor.is_neg()
+            ):
+                return False
         for k in self.lists:
             for tensor in args[k]:
                 if type(tensor) not in PLAIN_TYPES or tensor.is_meta or tensor.is_neg():
@@ -99,6 +106,9 @@ class Op:
     def _requires_grad(self, args: Sequence[Any]) -> bool:
         for k in self.tensors:
             if args[k].requires_grad:
+                return True
+        for k in self.optional:
+            if args[k] is not None and args[k].requires_grad:
                 return True
         for k in self.lists:
             for tensor in args[k]:

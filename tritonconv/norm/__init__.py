@@ -1,0 +1,1 @@
+"""Batch normalisation with an activation: public function, operators, kernels."""

@@ -1,0 +1,103 @@
+"""The activation behind a normalisation: a scalar function of one value, traced once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..codegen import Argument, Role, ScalarFunction, trace
+from ..codegen.program import Program
+from ..runtime.errors import bad_type, bad_value
+
+Scalar = Callable[..., Any]
+
+_KEYS: dict[Any, str | None] = {}
+_PROGRAMS: dict[str, Program] = {}
+"""By key: that of the text, which may be the same in float32 and float64, and the dtype."""
+
+
+def program_of(key: str) -> Program:
+    """The program of a key.
+
+    Raises:
+        ArgumentValueError: no activation of that key was traced in this process.
+    """
+    program = _PROGRAMS.get(key)
+    if program is None:
+        raise bad_value("function", "the key of an activation traced in this process", key)
+    return program
+
+
+def derivative_of(key: str) -> ScalarFunction:
+    """The scalar function (z, cotangent) of an activation's derivative."""
+    # Where gradients are off, PyTorch has simpler formulas, which have no derivative themselves.
+    with torch.enable_grad():
+        derivative = ScalarFunction(program_of(key).vjp(("z",)), ())
+    (cotangent,) = [a.name for a in derivative.arguments if a.name != "z"]
+    return derivative.with_roles(**{cotangent: Role.VALUE})
+
+
+def _never_changes(fn: Any) -> Any:
+    """What identifies a function of PyTorch's own, which does tomorrow what it does today."""
+    if isinstance(fn, functools.partial):
+        inner = _never_changes(fn.func)
+        settings = (fn.args, tuple(sorted(fn.keywords.items())))
+        plain = all(isinstance(v, (int, float, str)) for v in (*fn.args, *fn.keywords.values()))
+        return (inner, settings) if inner is not None and plain else None
+    if isinstance(fn, types.BuiltinFunctionType):
+        owner = fn.__self__
+        return fn if owner is None or isinstance(owner, (types.ModuleType, type)) else None
+    if isinstance(fn, types.FunctionType) and fn.__module__.startswith("torch."):
+        return fn if fn.__closure__ is None else None
+    return None
+
+
+@torch.compiler.assume_constant_result
+def activation_key(fn: Scalar | None, dtype: torch.dtype) -> str | None:
+    """Key of the traced activation, empty for none; a constant under ``torch.compile``.
+
+    Args:
+        fn: the user's function.
+        dtype: in which it is computed.
+
+    Returns:
+        None where the function reads tensors or coordinates, which these kernels do not hand it.
+
+    Raises:
+        ArgumentTypeError: ``fn`` cannot be called.
+        TritonConvError: ``fn`` cannot be traced; the error says why.
+    """
+    if fn is None:
+        return ""
+    identity = _never_changes(fn)
+    if identity is not None and (identity, dtype) in _KEYS:
+        return _KEYS[identity, dtype]
+    if not callable(fn):
+        raise bad_type("activation", "a function of a 0-d tensor or None", type(fn).__name__)
+    key: str | None = None
+    if not _asks_for_more(fn):
+        function = trace(fn, (Argument("z", dtype, Role.VALUE),))
+        if not function.captures:
+            key = f"{function.key}.{str(dtype).removeprefix('torch.')}"
+            _PROGRAMS.setdefault(key, function.program)
+    if identity is not None:
+        _KEYS[identity, dtype] = key
+    return key
+
+
+def _asks_for_more(fn: Scalar) -> bool:
+    """Whether a function has keywords without a default: coordinates."""
+    target = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
+
+
+__all__ = ["activation_key", "derivative_of", "program_of"]
