@@ -17,6 +17,7 @@ from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
 from .algorithms.banded import Banded, is_clearly_better
+from .algorithms.boxed_operand import BoxedOperand, fills
 from .algorithms.common import slot_names
 from .algorithms.walked_spaces import wasteful
 from .epilogue import apply_with_torch, build_epilogue
@@ -48,14 +49,21 @@ class ConvOperator(Operator):
         return ALGORITHMS
 
     def parse(self, fields: Mapping[str, Any]) -> ConvProblem:
-        """Build a problem; an epilogue of this direction adds a bias and a ReLU."""
+        """Build a problem; an epilogue of this direction is a bias and a ReLU, or a residual too."""
         problem = parse_problem(self.direction, self.rank, fields)
         if problem.out_dtype is not None:
             return replace(problem, epilogue=_scales(problem))
-        kind, _, rest = str(fields.get("epilogue", "none")).partition("+")
+        kind, *more = str(fields.get("epilogue", "none")).split("+")
         if kind == FUSED.get(self.direction):
             shape = problem.result_shape
-            epilogue = build_epilogue(torch.relu, True, (), problem.dtype, self.rank)
+            operand = "operand" in more
+            epilogue = build_epilogue(
+                _gelu_of_sum if operand else torch.relu,
+                True,
+                (problem.dtype,) * operand,
+                problem.dtype,
+                self.rank,
+            )
             strides = [0, 1] + [0] * self.rank
             if fields.get("wide", False) and not problem.wide:
                 # Then the operand is: a bias, or another axis, of elements far apart.
@@ -63,9 +71,9 @@ class ConvOperator(Operator):
                 strides[1], strides[axis] = 0, wide_stride(shape[axis])
             spec = EpilogueSpec(
                 epilogue.key,
-                (problem.dtype,),
-                (tuple(strides),),
-                save_acc=rest == "acc",
+                (problem.dtype,) * (1 + operand),
+                (tuple(strides), problem.result_memory)[: 1 + operand],
+                save_acc="acc" in more,
             )
             problem = replace(problem, epilogue=spec)
         return problem
@@ -186,12 +194,18 @@ class ConvOperator(Operator):
             slow = problem.groups > 1 and problem.channels_per_group < 32
         if slow and ATEN.supports(problem) is None:
             return ATEN
+        if BOXED_OPERAND.supports(problem) is None and fills(problem, device):
+            return BOXED_OPERAND
         if is_clearly_better(problem) and BANDED.supports(problem) is None:
             return BANDED
         found = self.candidates(problem)
         if found[0].name == "walked" and wasteful(problem):
             return found[1]
         return found[0]
+
+
+def _gelu_of_sum(y: Tensor, residual: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(y + residual)
 
 
 def _scales(problem: ConvProblem) -> EpilogueSpec:
@@ -216,6 +230,7 @@ def as_tf32(t: Tensor) -> Tensor:
 
 ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
 BANDED = next(a for a in ALGORITHMS if isinstance(a, Banded))
+BOXED_OPERAND = next(a for a in ALGORITHMS if isinstance(a, BoxedOperand))
 
 OPERATORS: dict[tuple[Direction, int], ConvOperator] = {}
 for _rank in (2, 3):

@@ -11,9 +11,10 @@ from ...runtime.operators import Algorithm
 from ...runtime.plan import LaunchPlan
 from ...runtime.space import ConfigSpace, Footprint
 from ..problem import ConvProblem, Direction
-from .boxed_operand_products import EARLY, LATE, MOVED, PREFETCH, operand_plan, operands_of
+from .boxed_operand_products import AHEAD, EARLY, ENGINE, LATE, operand_plan, operands_of
 from .boxed_space import BoxedConfig, boxed_footprint, boxed_space, has_copy_engine
 from .boxed_views import unsuited, weight_rows
+from .tiles import power_of_two
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,14 @@ class OperandConfig(BoxedConfig):
     """Tile of a product over boxes with an operand as large as the result.
 
     Attributes:
-        fetch: when the operand is asked for: behind the product (0), before it into registers (1),
-            before it into the L2 cache (2), the same by the copy engine (3).
+        fetch: when and how the operand is read: behind the product (0), before it into registers
+            (1), behind it by the copy engine (2), the same with a request to the L2 cache before
+            the product (3).
+        engine_store: whether the copy engine writes the result.
     """
 
     fetch: int = LATE
+    engine_store: int = 0
 
 
 class BoxedOperand(Algorithm):
@@ -73,33 +77,58 @@ class BoxedOperand(Algorithm):
         return dataclasses.replace(asked, bytes_loaded=asked.bytes_loaded + extra)
 
 
-# Rows, columns, depth, warps, stages, fetch. Two to four programs of a multiprocessor: while one
-# of them waits for its operand or computes its epilogue, another one multiplies.
-_TILES = (
-    (128, 64, 64, 4, 3, PREFETCH),
-    (128, 64, 64, 4, 3, EARLY),
-    (64, 64, 64, 4, 3, PREFETCH),
-    (128, 128, 64, 8, 3, PREFETCH),
-    (128, 64, 64, 4, 3, LATE),
-    (64, 64, 64, 4, 4, PREFETCH),
-    (64, 128, 64, 4, 3, PREFETCH),
-    (128, 64, 64, 4, 3, MOVED),
-    (64, 64, 64, 4, 3, EARLY),
-    (128, 128, 64, 8, 3, LATE),
-    (64, 128, 64, 4, 3, EARLY),
-    (128, 64, 64, 4, 2, PREFETCH),
-    (128, 128, 64, 8, 2, PREFETCH),
-    (128, 128, 64, 4, 3, PREFETCH),
-    (256, 64, 64, 8, 3, PREFETCH),
-    (64, 64, 64, 4, 3, LATE),
-    (128, 64, 32, 4, 4, PREFETCH),
-    (256, 128, 64, 8, 3, PREFETCH),
+# Rows, columns, depth, warps, stages, fetch, engine_store. Two to four programs share a
+# multiprocessor: while one waits for its operand or computes its epilogue, another one multiplies.
+_NARROW = (
+    (128, 64, 64, 4, 3, AHEAD, 1),
+    (64, 64, 64, 4, 3, AHEAD, 1),
+    (128, 64, 64, 4, 3, ENGINE, 1),
+    (256, 64, 64, 8, 3, AHEAD, 1),
+    (128, 64, 64, 4, 4, AHEAD, 1),
+    (128, 64, 64, 4, 3, EARLY, 1),
+    (64, 64, 64, 4, 4, ENGINE, 1),
+    (128, 64, 64, 4, 2, AHEAD, 1),
+    (128, 64, 64, 4, 3, LATE, 0),
+    (64, 64, 64, 4, 3, EARLY, 1),
+    (256, 64, 64, 4, 3, AHEAD, 1),
+    (256, 64, 64, 8, 2, AHEAD, 1),
+    (64, 64, 64, 4, 3, LATE, 0),
 )
+_WIDE = (
+    (128, 128, 64, 8, 3, AHEAD, 1),
+    (64, 128, 64, 4, 3, AHEAD, 1),
+    (128, 64, 64, 4, 3, AHEAD, 1),
+    (128, 128, 64, 4, 3, AHEAD, 1),
+    (256, 128, 64, 8, 3, AHEAD, 1),
+    (64, 128, 64, 4, 4, ENGINE, 1),
+    (128, 128, 64, 8, 3, ENGINE, 1),
+    (128, 128, 64, 8, 3, EARLY, 1),
+    (128, 256, 64, 8, 3, AHEAD, 1),
+    (128, 64, 64, 4, 4, ENGINE, 1),
+    (64, 128, 64, 4, 3, EARLY, 1),
+    (128, 128, 64, 8, 3, LATE, 0),
+    (64, 64, 64, 4, 4, AHEAD, 1),
+    (128, 128, 128, 8, 2, AHEAD, 1),
+)
+
+
+def fills(problem: ConvProblem, device: DeviceFacts) -> bool:
+    """Whether the GPU has the engine, and the default enough tiles for its multiprocessors.
+
+    The sum of a tile is not split: small maps are for others.
+    """
+    if not has_copy_engine(device):
+        return False
+    return _programs(problem, _configs(problem, device)[0], device) >= device.sm_count
+
+
+def _programs(problem: ConvProblem, config: OperandConfig, device: DeviceFacts) -> int:
+    return boxed_footprint(problem, config, device).programs
 
 
 def _configs(problem: ConvProblem, device: DeviceFacts) -> list[OperandConfig]:
     base = boxed_space(problem, device).default
-    plain = OperandConfig(**{**base.as_dict(), "split_k": 1, "one_launch": 0}, fetch=LATE)
+    plain = OperandConfig(**{**base.as_dict(), "split_k": 1, "one_launch": 0})
     if not has_copy_engine(device):
         return [plain]
     forward = problem.direction is Direction.FORWARD
@@ -107,14 +136,18 @@ def _configs(problem: ConvProblem, device: DeviceFacts) -> list[OperandConfig]:
     depth = problem.in_channels if forward else problem.out_channels
     found = [
         dataclasses.replace(
-            plain, block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=stages, fetch=fetch
+            plain,
+            block_m=m,
+            block_n=n,
+            block_k=min(k, power_of_two(depth, 16, 128)),
+            num_warps=warps,
+            num_stages=stages,
+            fetch=fetch,
+            engine_store=engine,
         )
-        for m, n, k, warps, stages, fetch in _TILES
-        if n <= max(64, columns) and k <= max(plain.block_k, 32) and depth >= 16
+        for m, n, k, warps, stages, fetch, engine in (_WIDE if columns > 64 else _NARROW)
     ]
-    kept = [
-        config
-        for config in found
-        if boxed_footprint(problem, config, device).shared_bytes <= device.shared_bytes - 1024
-    ]
-    return kept or [plain]
+    room = device.shared_bytes - 1024
+    fitting = [c for c in found if boxed_footprint(problem, c, device).shared_bytes <= room]
+    fitting.sort(key=lambda config: _programs(problem, config, device) < device.sm_count)
+    return list(dict.fromkeys(fitting)) or [plain]

@@ -17,49 +17,37 @@ from ...codegen import Role
 from ...codegen.program import ScalarFunction
 from ...codegen.registry import program_of
 from ...runtime.compat import interpreting
-from ...runtime.plan import KernelCall, LaunchPlan, Slot
+from ...runtime.plan import Boxes, KernelCall, LaunchPlan, Slot
 from ..epilogue import COORDINATES
 from ..problem import ConvProblem, Direction, EpilogueSpec
-from .boxed_products import box_count, meeting, shape_of
+from .boxed_products import meeting, shape_of
 from .boxed_products import product_plan as plain_plan
-from .boxed_views import axes_of
+from .boxed_views import axes_of, pixel_boxes
 from .common import grouped_tile, matmul_step, position, slot_dtypes, widen, widen_all
 
-LATE, EARLY, PREFETCH, MOVED = range(4)
-"""When the operand is asked for: behind the product; before it, into registers; before it, into
-the L2 cache; before it, into the L2 cache by the copy engine."""
+LATE, EARLY, ENGINE, AHEAD = range(4)
+"""When and how the operand is read: behind the product; before it, into registers; behind it by
+the copy engine, into shared memory; the same, from an L2 cache that was told to fetch it before."""
 
 
 @triton.jit
-def prefetch_rows(pointers, mask, BYTES: tl.constexpr, ENGINE: tl.constexpr):
+def prefetch_rows(pointers, mask, BYTES: tl.constexpr):
     """Have the L2 cache fetch BYTES from each of some addresses; NVIDIA only.
 
-    It takes no register and is waited for by nobody. ENGINE: one request a row (sm_90 on), which
-    needs addresses and BYTES that are multiples of 16; otherwise one a line of 128 bytes.
+    It takes no register, and nobody waits for it. One instruction of 32 lanes asks for a sector of
+    32 rows each; the bulk instruction of sm_90 would ask for one row after the other.
     """
     addresses = pointers.to(tl.int64)
     wanted = mask.to(tl.int32)
-    if ENGINE:
+    for sector in tl.static_range(BYTES // 32):
         tl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.s32 p, $2, 0;"
-            "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
-            "=r,l,r,r",
-            [addresses, wanted, tl.full([], BYTES, tl.int32)],
+            "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
+            "=r,l,r",
+            [addresses + sector * 32, wanted],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
-    else:
-        for line in tl.static_range((BYTES + 127) // 128):
-            tl.inline_asm_elementwise(
-                "{.reg .pred p; setp.ne.s32 p, $2, 0;"
-                "@p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
-                "=r,l,r",
-                [addresses + line * 128, wanted],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
 
 
 @triton.jit
@@ -67,8 +55,10 @@ def boxed_operand_kernel(
     source,
     weight,
     y_ptr,
+    y_boxes,
     acc_ptr,
     operand_ptr,
+    operand_boxes,
     vector_ptr,
     extra_ptrs,
     extra_strides,
@@ -95,6 +85,8 @@ def boxed_operand_kernel(
     SAVE_ACC: tl.constexpr,
     VECTOR: tl.constexpr,
     FETCH: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    STORE: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -106,11 +98,16 @@ def boxed_operand_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """result[p, m] = EPILOGUE(Σ_{tap,k} source[p + first + tap·hop, k] · weight[tap, …], operand[p, m]).
+    """result[p, m] = EPILOGUE(Σ source · weight, operand[p, m], vector[m]).
 
-    The product is that of ``boxed_product_kernel``. ``operand_ptr`` has the result's strides.
-    VECTOR: -1, or the place among the function's operands of ``vector_ptr[m]``: 0 before the
-    operand, 1 behind it. Other operands are loaded by the function.
+    The product is that of ``boxed_product_kernel``. The operand has the result's strides; FETCH 0:
+    it is loaded behind the product, 1: before it, 2: by the copy engine. VECTOR: -1 for none, or
+    its place among the function's operands: 0 before the operand, 1 behind it. All others are
+    loaded by the function. STORE: the copy engine writes the result, and leaves out what lies
+    outside the map.
+
+    What the engine moves is laid out in shared memory so that registers of a product's accumulator
+    meet it without an exchange between threads: no barriers, and as many registers as without.
     """
     BLOCK_M: tl.constexpr = BOX_N * BOX_D * BOX_H * BOX_W
     boxes = (tl.cdiv(size[0], BOX_D), tl.cdiv(size[1], BOX_H), tl.cdiv(size[2], BOX_W))
@@ -128,15 +125,13 @@ def boxed_operand_kernel(
     n = (n0 + tl.arange(0, BLOCK_N))[:, None]
     if VECTOR >= 0:
         vector = tl.load(vector_ptr + n * vector_stride, mask=n < COLUMNS, other=0.0)
-    if FETCH >= 2:
+    if PREFETCH:
         image, plane, row, column = box_pixels(
             image0, plane0, row0, column0, BOX_N, BOX_D, BOX_H, BOX_W
         )
         inside = (image < images) & (plane < size[0]) & (row < size[1]) & (column < size[2])
         rows = image * strides[0] + plane * strides[2] + row * strides[3] + column * strides[4]
-        BYTES: tl.constexpr = operand_ptr.dtype.element_ty.primitive_bitwidth // 8
-        NARROWEST: tl.constexpr = BLOCK_N if COLUMNS % BLOCK_N == 0 else 8
-        prefetch_rows(operand_ptr + rows + n0, inside, NARROWEST * BYTES, FETCH == 3)
+        prefetch_rows(operand_ptr + rows + n0, inside, BLOCK_N * 2)
     if FETCH == 1:
         offsets, mask, image, plane, row, column = tile_offsets(
             image0, plane0, row0, column0, n, images, size, strides,
@@ -172,24 +167,27 @@ def boxed_operand_kernel(
             filters = weight.load([tap, n0, k]).reshape(BLOCK_N, BLOCK_K)
         acc = matmul_step(filters, tl.trans(pixels), acc, PRECISION, UPCAST)
 
+    if FETCH == 2:
+        loaded = operand_boxes.load([image0, plane0, row0, column0, n0])
+        operand = tl.trans(loaded.reshape(BLOCK_M, BLOCK_N))
     if FETCH != 1:
         offsets, mask, image, plane, row, column = tile_offsets(
             image0, plane0, row0, column0, n, images, size, strides,
             COLUMNS, BLOCK_N, BOX_N, BOX_D, BOX_H, BOX_W,
         )  # fmt: skip
+    if FETCH == 0:
         operand = tl.load(operand_ptr + offsets, mask=mask, other=0.0)
     if MERGED:
         flat = column + size[2] * (row + size[1] * (plane + size[0] * image))
         if WIDE:
-            flat = column + widen(size[2]) * (row + widen(size[1]) * (plane + widen(size[0]) * image))
+            planes = plane + widen(size[0]) * image
+            flat = column + widen(size[2]) * (row + widen(size[1]) * planes)
         image, plane, row, column = position(flat, map_size)
     if SAVE_ACC:
         tl.store(acc_ptr + offsets, acc.to(acc_ptr.dtype.element_ty), mask=mask)
     other = widened(operand)
     if VECTOR < 0:
-        result = EPILOGUE(
-            acc, other, image, n, plane, row, column, mask, extra_ptrs, extra_strides
-        )
+        result = EPILOGUE(acc, other, image, n, plane, row, column, mask, extra_ptrs, extra_strides)
     elif VECTOR == 0:
         result = EPILOGUE(
             acc, widened(vector), other, image, n, plane, row, column, mask,
@@ -200,7 +198,14 @@ def boxed_operand_kernel(
             acc, other, widened(vector), image, n, plane, row, column, mask,
             extra_ptrs, extra_strides,
         )  # fmt: skip
-    tl.store(y_ptr + offsets, result.to(y_ptr.dtype.element_ty), mask=mask)
+    if STORE:
+        stored = tl.trans(result.to(y_ptr.dtype.element_ty))
+        y_boxes.store(
+            [image0, plane0, row0, column0, n0],
+            stored.reshape(BOX_N, BOX_D, BOX_H, BOX_W, BLOCK_N),
+        )
+    else:
+        tl.store(y_ptr + offsets, result.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -318,17 +323,33 @@ def operand_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
     spec, operands = problem.epilogue, operands_of(problem)
     assert spec is not None and operands is not None
     tile, vector = operands.tile, operands.vector
-    source, weight, out, acc, _, _, *geometry = plain.args
-    assert isinstance(out, Slot)
     rest = [i for i in range(len(spec.element_dtypes)) if i not in (tile, vector)]
     pointers = tuple(Slot(f"element{i}") for i in rest)
     pointers += tuple(Slot(f"capture{i}") for i in range(len(spec.capture_dtypes)))
     groups = [spec.element_strides[i] for i in rest] + list(spec.capture_strides)
+
+    axes = axes_of(problem)
+    adjoint = problem.direction is Direction.DGRAD
+    size, strides = (axes.in_size, axes.x_strides) if adjoint else (axes.out_size, axes.y_strides)
+    columns = problem.in_channels if adjoint else problem.out_channels
+    box = shape_of(problem, config.block_m, config.box)
+
+    def moved(slot: str) -> Boxes:
+        return pixel_boxes(slot, size, strides, columns, box, config.block_n)
+
+    half = spec.element_dtypes[tile].itemsize == 2
+    fetch = config.fetch if half else min(config.fetch, EARLY)
+    engine = fetch in (ENGINE, AHEAD)
+    # Triton's interpreter has no assembler. A row that is no whole tile is not worth a thought.
+    ahead = fetch == AHEAD and not interpreting() and columns % config.block_n == 0
     constexprs = {name: value for name, value in plain.constexprs.items() if name != "SPLITS"}
     constexprs["EPILOGUE"] = fused_function(spec, operands, problem.wide)
     constexprs["VECTOR"] = -1 if vector is None else int(vector > tile)
-    # Triton's interpreter has no assembler: there nothing is asked for ahead.
-    constexprs["FETCH"] = LATE if interpreting() and config.fetch >= PREFETCH else config.fetch
+    constexprs["FETCH"] = ENGINE if engine else fetch
+    constexprs["PREFETCH"] = ahead
+    constexprs["STORE"] = config.engine_store == 1
+    source, weight, out, acc, _, _, *geometry = plain.args
+    assert isinstance(out, Slot)
     call = KernelCall(
         boxed_operand_kernel,
         plain.grid,
@@ -336,8 +357,10 @@ def operand_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
             source,
             weight,
             out,
+            moved(out.name) if config.engine_store else 0,
             acc,
             Slot(f"element{tile}"),
+            moved(f"element{tile}") if engine else 0,
             out if vector is None else Slot(f"element{vector}"),
             pointers,
             tuple(stride for group in groups for stride in group),
@@ -349,17 +372,3 @@ def operand_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
         plain.num_stages,
     )
     return LaunchPlan((call,), slot_dtypes(problem))
-
-
-__all__ = [
-    "EARLY",
-    "LATE",
-    "MOVED",
-    "PREFETCH",
-    "axes_of",
-    "box_count",
-    "operand_plan",
-    "operands_of",
-    "shape_of",
-    "triton",
-]
