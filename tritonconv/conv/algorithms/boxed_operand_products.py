@@ -57,6 +57,7 @@ def boxed_operand_kernel(
     y_ptr,
     y_boxes,
     acc_ptr,
+    acc_boxes,
     operand_ptr,
     operand_boxes,
     vector_ptr,
@@ -184,7 +185,11 @@ def boxed_operand_kernel(
             flat = column + widen(size[2]) * (row + widen(size[1]) * planes)
         image, plane, row, column = position(flat, map_size)
     if SAVE_ACC:
-        tl.store(acc_ptr + offsets, acc.to(acc_ptr.dtype.element_ty), mask=mask)
+        kept = acc.to(acc_ptr.dtype.element_ty)
+        if STORE:
+            store_box(acc_boxes, kept, image0, plane0, row0, column0, n0)
+        else:
+            tl.store(acc_ptr + offsets, kept, mask=mask)
     other = widened(operand)
     if VECTOR < 0:
         result = EPILOGUE(acc, other, image, n, plane, row, column, mask, extra_ptrs, extra_strides)
@@ -199,13 +204,17 @@ def boxed_operand_kernel(
             extra_ptrs, extra_strides,
         )  # fmt: skip
     if STORE:
-        stored = tl.trans(result.to(y_ptr.dtype.element_ty))
-        y_boxes.store(
-            [image0, plane0, row0, column0, n0],
-            stored.reshape(BOX_N, BOX_D, BOX_H, BOX_W, BLOCK_N),
-        )
+        stored = result.to(y_ptr.dtype.element_ty)
+        store_box(y_boxes, stored, image0, plane0, row0, column0, n0)
     else:
         tl.store(y_ptr + offsets, result.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_box(boxes, tile, image0, plane0, row0, column0, n0):
+    """Write a tile (columns, pixels) to where a box of pixels begins."""
+    shape: tl.constexpr = boxes.block_shape
+    boxes.store([image0, plane0, row0, column0, n0], tl.trans(tile).reshape(shape))
 
 
 @triton.jit
@@ -359,6 +368,7 @@ def operand_plan(problem: ConvProblem, config: Any) -> LaunchPlan:
             out,
             moved(out.name) if config.engine_store else 0,
             acc,
+            moved("acc") if config.engine_store and spec.save_acc else 0,
             Slot(f"element{tile}"),
             moved(f"element{tile}") if engine else 0,
             out if vector is None else Slot(f"element{vector}"),
