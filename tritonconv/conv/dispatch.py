@@ -49,7 +49,7 @@ class ConvOperator(Operator):
         return ALGORITHMS
 
     def parse(self, fields: Mapping[str, Any]) -> ConvProblem:
-        """Build a problem; an epilogue of this direction is a bias and a ReLU, or a residual too."""
+        """Build a problem; its epilogue is a bias and a ReLU, or a bias, a residual and GELU."""
         problem = parse_problem(self.direction, self.rank, fields)
         if problem.out_dtype is not None:
             return replace(problem, epilogue=_scales(problem))
