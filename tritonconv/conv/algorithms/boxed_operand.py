@@ -81,27 +81,27 @@ class BoxedOperand(Algorithm):
 # multiprocessor: while one waits for its operand or computes its epilogue, another one multiplies.
 _NARROW = (
     (128, 64, 64, 4, 3, AHEAD, 1),
+    (256, 64, 64, 8, 2, AHEAD, 1),
     (64, 64, 64, 4, 3, AHEAD, 1),
     (128, 64, 64, 4, 3, ENGINE, 1),
-    (256, 64, 64, 8, 3, AHEAD, 1),
     (128, 64, 64, 4, 4, AHEAD, 1),
+    (256, 64, 64, 8, 3, AHEAD, 1),
     (128, 64, 64, 4, 3, EARLY, 1),
     (64, 64, 64, 4, 4, ENGINE, 1),
     (128, 64, 64, 4, 2, AHEAD, 1),
     (128, 64, 64, 4, 3, LATE, 0),
     (64, 64, 64, 4, 3, EARLY, 1),
     (256, 64, 64, 4, 3, AHEAD, 1),
-    (256, 64, 64, 8, 2, AHEAD, 1),
     (64, 64, 64, 4, 3, LATE, 0),
 )
 _WIDE = (
     (128, 128, 64, 8, 3, AHEAD, 1),
+    (128, 128, 64, 4, 3, AHEAD, 1),
     (64, 128, 64, 4, 3, AHEAD, 1),
     (128, 64, 64, 4, 3, AHEAD, 1),
-    (128, 128, 64, 4, 3, AHEAD, 1),
     (256, 128, 64, 8, 3, AHEAD, 1),
-    (64, 128, 64, 4, 4, ENGINE, 1),
     (128, 128, 64, 8, 3, ENGINE, 1),
+    (64, 128, 64, 4, 4, ENGINE, 1),
     (128, 128, 64, 8, 3, EARLY, 1),
     (128, 256, 64, 8, 3, AHEAD, 1),
     (128, 64, 64, 4, 4, ENGINE, 1),
@@ -110,6 +110,7 @@ _WIDE = (
     (64, 64, 64, 4, 4, AHEAD, 1),
     (128, 128, 128, 8, 2, AHEAD, 1),
 )
+"""Best guesses first: a guess until they are timed."""
 
 
 def fills(problem: ConvProblem, device: DeviceFacts) -> bool:

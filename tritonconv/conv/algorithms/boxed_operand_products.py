@@ -168,14 +168,20 @@ def boxed_operand_kernel(
             filters = weight.load([tap, n0, k]).reshape(BLOCK_N, BLOCK_K)
         acc = matmul_step(filters, tl.trans(pixels), acc, PRECISION, UPCAST)
 
-    if FETCH == 2:
-        loaded = operand_boxes.load([image0, plane0, row0, column0, n0])
-        operand = tl.trans(loaded.reshape(BLOCK_M, BLOCK_N))
     if FETCH != 1:
         offsets, mask, image, plane, row, column = tile_offsets(
             image0, plane0, row0, column0, n, images, size, strides,
             COLUMNS, BLOCK_N, BOX_N, BOX_D, BOX_H, BOX_W,
         )  # fmt: skip
+    if SAVE_ACC:
+        kept = acc.to(acc_ptr.dtype.element_ty)
+        if STORE:
+            store_box(acc_boxes, kept, image0, plane0, row0, column0, n0)
+        else:
+            tl.store(acc_ptr + offsets, kept, mask=mask)
+    if FETCH == 2:
+        loaded = operand_boxes.load([image0, plane0, row0, column0, n0])
+        operand = tl.trans(loaded.reshape(BLOCK_M, BLOCK_N))
     if FETCH == 0:
         operand = tl.load(operand_ptr + offsets, mask=mask, other=0.0)
     if MERGED:
@@ -184,12 +190,6 @@ def boxed_operand_kernel(
             planes = plane + widen(size[0]) * image
             flat = column + widen(size[2]) * (row + widen(size[1]) * planes)
         image, plane, row, column = position(flat, map_size)
-    if SAVE_ACC:
-        kept = acc.to(acc_ptr.dtype.element_ty)
-        if STORE:
-            store_box(acc_boxes, kept, image0, plane0, row0, column0, n0)
-        else:
-            tl.store(acc_ptr + offsets, kept, mask=mask)
     other = widened(operand)
     if VECTOR < 0:
         result = EPILOGUE(acc, other, image, n, plane, row, column, mask, extra_ptrs, extra_strides)
