@@ -48,7 +48,7 @@ class Conv:
         """The layer as a row of a suite; ``many`` batches are told apart by their names."""
         hop = f"s{self.stride}" if self.stride > 1 else ""
         name = f"{self.part} {self.inputs}-{self.outputs} {self.size}x{self.size} k{self.kernel}"
-        if self.epilogue == "fused+acc":
+        if self.epilogue.endswith("+acc"):
             name += " acc"
         row: dict[str, Any] = {
             "name": f"n{batch} {name}{hop}" if many else f"{name}{hop}",
@@ -217,7 +217,7 @@ def attention_unet(
         width, coarser, side = levels[level], widths[level + 1], sizes[level]
         if level:
             yield Conv("gate phi", coarser, width, side // 2, epilogue="fused")
-            yield Conv("gate theta", width, width, side, 2, 2, 0, epilogue="fused+acc")
+            yield Conv("gate theta", width, width, side, 2, 2, 0, epilogue="fused+operand+acc")
             yield Conv("gate psi", width, 1, side // 2, epilogue="fused+acc")
             yield Conv("gate W", width, width, side, epilogue="fused+acc")
             yield pair("gate combine", width, width, width, side)

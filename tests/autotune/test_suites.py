@@ -74,7 +74,7 @@ def test_fused_problems_are_judged_by_pytorchs_operators_one_after_the_other() -
 
 def test_a_residual_is_added_before_the_gelu_in_either_layout() -> None:
     operator = get_operator("conv2d.forward")
-    fields = {"N": 2, "C": 3, "M": 4, "H": 5, "epilogue": "residual", "dtype": "float32"}
+    fields = {"N": 2, "C": 3, "M": 4, "H": 5, "epilogue": "fused+operand", "dtype": "float32"}
     problem = operator.parse(fields)
     for asked in (problem, *operator.elsewhere(problem)):
         tensors = operator.make_tensors(asked, torch.device("cpu"), torch.Generator())
@@ -83,7 +83,7 @@ def test_a_residual_is_added_before_the_gelu_in_either_layout() -> None:
         y = operator.reference(asked, tensors, torch.float64)["output"]
         sums = torch.nn.functional.conv2d(x.double(), w.double()) + bias + residual
         torch.testing.assert_close(y, torch.nn.functional.gelu(sums), rtol=1e-4, atol=1e-5)
-    assert problem.fields()["epilogue"] == "fused"  # what the table knows it as
+    assert problem.fields()["epilogue"] == "fused+operand"  # not the entry of a bias alone
 
 
 def test_float8_problems_are_judged_by_bfloat16() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tritonconv.autotune.hardware import limits
 from tritonconv.conv.dispatch import OPERATORS
-from tritonconv.conv.problem import ConvProblem, Direction
+from tritonconv.conv.problem import FUSED, ConvProblem, Direction
 from tritonconv.runtime.aot import compile_plan
 from tritonconv.runtime.device import DeviceFacts, nominal_device
 from tritonconv.runtime.operators import Algorithm, Config
@@ -131,6 +131,31 @@ def cases(
                                 "label": label,
                             }
                             found.append((row, algorithm, problem, config))
+    return found + residuals(target)
+
+
+def residuals(target: str) -> list[tuple[dict[str, Any], Algorithm, ConvProblem, Config]]:
+    """Epilogues that read a tensor as large as the result have an algorithm of their own."""
+    found = []
+    for direction, epilogue in FUSED.items():
+        for layer in ("3x3", "1x1"):
+            more = {"dtype": "bfloat16", "layout": "channels_last"}
+            operator = OPERATORS[direction, 2]
+            problem = operator.parse(
+                {**LAYERS[layer], **more, "epilogue": f"{epilogue}+operand+acc"}
+            )
+            algorithm = operator.algorithm("boxed_operand")
+            space = fitting(algorithm, problem, nominal_device(target))
+            for label, config in representative(space).items():
+                if wanted(target, "bfloat16", label, False):
+                    row = {
+                        "direction": str(direction),
+                        "algorithm": algorithm.name,
+                        "layer": layer,
+                        "dtype": "bfloat16",
+                        "label": label,
+                    }
+                    found.append((row, algorithm, problem, config))
     return found
 
 

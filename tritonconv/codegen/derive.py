@@ -146,6 +146,7 @@ def vjp_program(program: _Program, wrt: tuple[str, ...]) -> _Program:
         arguments=arguments,
         outputs=tuple(outputs),
         graph=canonical(graph, str(program.origin)),
+        narrow=False,
         lineage=(*program.lineage, ", ".join(wrt)),
         _derived={},
     )

@@ -323,6 +323,26 @@ def sigmoid(x):
 
 
 @triton.jit
+def one_plus_erf(x):
+    """``1 + erf(x)`` in 17 instructions without a branch, off by 3e-7, or 1e-4 of a small result.
+
+    It is ``erfc(-x)``. ``log2(erfc(a))`` is nearly a parabola: a polynomial, fitted over [0, 4.4]
+    with weights for both bounds, whose leading coefficient is negative, so that it falls for ever.
+    libdevice takes one of two polynomials an element, behind a branch that all of a warp wait at.
+    """
+    a = tl.abs(x)
+    p = a * -7.7358072584064e-06 + 9.798414803016221e-05
+    p = p * a - 2.2758004496809317e-04
+    p = p * a - 3.0630026513628603e-03
+    p = p * a + 3.0444849341494735e-02
+    p = p * a - 1.4956288611575103e-01
+    p = p * a - 9.181683529139781e-01
+    p = p * a - 1.6279291267710636
+    e = tl.exp2(p * a + 2.7185564385147296e-07)
+    return tl.where(x < 0, e, 2.0 - e)
+
+
+@triton.jit
 def frac(x):
     """``x - trunc(x)``."""
     return x - trunc(x)

@@ -37,6 +37,9 @@ import triton.language as tl
 from tritonconv.codegen import device_math as dm
 """
 
+_SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add.Scalar)
+_ERF = torch.ops.aten.erf.default
+
 _ORDERS = ("value", "first derivative", "second derivative", "third derivative")
 
 
@@ -143,8 +146,10 @@ def emit_body(program: Traced, graph: fx.Graph) -> str:
         base += len(capture.shape)
     results: list[str] = []
     frozen = frozenset(coord_nodes)
+    merged = _merged(graph) if program.narrow else {}
+    hidden = {node for node, _ in merged.values() if all(user in merged for user in node.users)}
     for node in graph.nodes:
-        if node.op == "placeholder" or node.target is FULL:
+        if node.op == "placeholder" or node.target is FULL or node in hidden:
             continue
         context = Context(node, known, frozen)
         if node.op == "output":
@@ -171,6 +176,11 @@ def emit_body(program: Traced, graph: fx.Graph) -> str:
                 inside = f"({name} >= 0) & ({name} < {size})"
             text = _load(known[node], len(elements) + capture, offset, TYPE_NAMES[dtype], inside)
             lines.append(text)
+        elif node in merged:
+            inner, function = merged[node]
+            operand = Context(inner, known, frozen).text(inner.args[0], torch.float32, False)
+            known[node] = names.new(function)
+            lines.append(f"{known[node]} = dm.{function}({operand})")
         elif node.target is STOP:
             known[node] = context.text(node.args[0], context.result, False)
         else:
@@ -191,6 +201,27 @@ def emit_body(program: Traced, graph: fx.Graph) -> str:
     head = f"def {function_name(program)}({', '.join([*signature, 'mask', 'ptrs', 'strides'])}):"
     text = "".join(f"    {line}\n" for line in lines)
     return f"{_IMPORTS}\n\n@triton.jit\n{head}\n{text}"
+
+
+def _merged(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, str]]:
+    """Nodes that one cheaper device function computes together with their operand.
+
+    ``1 + erf(z)``, the inside of GELU: what is off by 2e-7 of one is hidden behind the one. An
+    ``erf`` on its own may be small, and stays exact.
+    """
+    found = {}
+    for node in graph.nodes:
+        if node.target not in _SUMS or node.meta["dtype"] is not torch.float32:
+            continue
+        inner, one = node.args[:2]
+        if getattr(inner, "target", None) is not _ERF:
+            inner, one = one, inner
+        number = one.args[1] if getattr(one, "target", None) is FULL else one
+        plain = getattr(inner, "target", None) is _ERF and inner.meta["dtype"] is torch.float32
+        whole = not isinstance(number, fx.Node) and number == 1 and len(node.args) == 2
+        if plain and whole and node.kwargs.get("alpha", 1) == 1:
+            found[node] = (inner, "one_plus_erf")
+    return found
 
 
 def _wide(coord: str, wide: bool) -> str:

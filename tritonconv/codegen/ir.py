@@ -169,7 +169,8 @@ class Traced:
 
     ``graph`` is the program as PyTorch would run it (activations and their ``*_backward`` operators
     whole, so that derivatives are PyTorch's own). ``frame`` names the coordinates that the emitted
-    function is called with, where these are more than the program has.
+    function is called with, where these are more than the program has. ``narrow`` says that results
+    are rounded to half precision by whoever stores them: derivatives do not inherit it.
     """
 
     origin: Origin
@@ -180,6 +181,7 @@ class Traced:
     loads: tuple[Load, ...]
     graph: fx.Graph
     wide: bool = False
+    narrow: bool = False
     frame: tuple[str, ...] = ()
     lineage: tuple[str, ...] = ()
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)

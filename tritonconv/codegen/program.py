@@ -235,6 +235,16 @@ class ScalarFunction:
             return self
         return ScalarFunction(self.program.changed(wide=wide), self.captures)
 
+    def with_narrow(self, narrow: bool = True) -> ScalarFunction:
+        """The same program for results that are stored in half precision.
+
+        Functions that need many instructions in float32 may be off by 2e-7 where the rounding of
+        the result hides it. Derivatives are those of the exact function.
+        """
+        if narrow == self.program.narrow:
+            return self
+        return ScalarFunction(self.program.changed(narrow=narrow), self.captures)
+
     def with_frame(self, axes: Sequence[str]) -> ScalarFunction:
         """The same program, emitted for a caller that has these coordinates and maybe more.
 

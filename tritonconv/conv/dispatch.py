@@ -18,6 +18,7 @@ from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
 from .algorithms.banded import Banded, is_clearly_better
+from .algorithms.boxed_operand import BoxedOperand, fills
 from .algorithms.common import slot_names
 from .algorithms.packed_phases import PackedPhases, packs_clearly_better
 from .algorithms.walked_spaces import wasteful
@@ -51,20 +52,21 @@ class ConvOperator(Operator):
         return ALGORITHMS
 
     def parse(self, fields: Mapping[str, Any]) -> ConvProblem:
-        """Build a problem; an epilogue of this direction adds a bias and a ReLU.
-
-        ``"residual"`` stands for ``gelu(y + bias + residual)`` on the forward product. The tuned
-        table knows it as any other epilogue.
-        """
+        """Build a problem; its epilogue is a bias and a ReLU, or a bias, a residual and GELU."""
         problem = parse_problem(self.direction, self.rank, fields)
         if problem.out_dtype is not None:
             return replace(problem, epilogue=_scales(problem))
-        kind, _, rest = str(fields.get("epilogue", "none")).partition("+")
-        if kind == _RESIDUAL and self.direction is Direction.FORWARD:
-            return replace(problem, epilogue=_with_residual(problem, self.rank))
+        kind, *more = str(fields.get("epilogue", "none")).split("+")
         if kind == FUSED.get(self.direction):
             shape = problem.result_shape
-            epilogue = build_epilogue(torch.relu, True, (), problem.dtype, self.rank)
+            operand = "operand" in more
+            epilogue = build_epilogue(
+                _gelu_of_sum if operand else torch.relu,
+                True,
+                (problem.dtype,) * operand,
+                problem.dtype,
+                self.rank,
+            )
             strides = [0, 1] + [0] * self.rank
             if fields.get("wide", False) and not problem.wide:
                 # Then the operand is: a bias, or another axis, of elements far apart.
@@ -72,9 +74,9 @@ class ConvOperator(Operator):
                 strides[1], strides[axis] = 0, wide_stride(shape[axis])
             spec = EpilogueSpec(
                 epilogue.key,
-                (problem.dtype,),
-                (tuple(strides),),
-                save_acc=rest == "acc",
+                (problem.dtype,) * (1 + operand),
+                (tuple(strides), problem.result_memory)[: 1 + operand],
+                save_acc="acc" in more,
             )
             problem = replace(problem, epilogue=spec)
         return problem
@@ -85,8 +87,6 @@ class ConvOperator(Operator):
         PyTorch has no float8 convolution: its rival to one is the bare product in bfloat16.
         """
         fields = dict(problem.fields())
-        if problem.epilogue is not None and len(problem.epilogue.element_dtypes) > 1:
-            fields["epilogue"] = _RESIDUAL
         names = ["contiguous" if problem.x_layout == "channels_last" else "channels_last"]
         if problem.dtype is FLOAT8:
             del fields["output_dtype"]
@@ -197,6 +197,8 @@ class ConvOperator(Operator):
             slow = problem.groups > 1 and problem.channels_per_group < 32
         if slow and ATEN.supports(problem) is None:
             return ATEN
+        if BOXED_OPERAND.supports(problem) is None and fills(problem, device):
+            return BOXED_OPERAND
         if is_clearly_better(problem) and BANDED.supports(problem) is None:
             return BANDED
         if packs_clearly_better(problem) and PACKED.supports(problem) is None:
@@ -214,18 +216,8 @@ class ConvOperator(Operator):
         return space.preferring(float8_tiles(space.default, problem, device))
 
 
-_RESIDUAL = "residual"
-
-
 def _gelu_of_sum(y: Tensor, residual: Tensor) -> Tensor:
     return torch.nn.functional.gelu(y + residual)
-
-
-def _with_residual(problem: ConvProblem, rank: int) -> EpilogueSpec:
-    """A bias, a tensor like the output, and a GELU."""
-    epilogue = build_epilogue(_gelu_of_sum, True, (problem.dtype,), problem.dtype, rank)
-    bias = (0, 1, *[0] * rank)
-    return EpilogueSpec(epilogue.key, (problem.dtype,) * 2, (bias, problem.y_strides))
 
 
 def _scales(problem: ConvProblem) -> EpilogueSpec:
@@ -251,6 +243,7 @@ def as_tf32(t: Tensor) -> Tensor:
 ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
 BANDED = next(a for a in ALGORITHMS if isinstance(a, Banded))
 PACKED = next(a for a in ALGORITHMS if isinstance(a, PackedPhases))
+BOXED_OPERAND = next(a for a in ALGORITHMS if isinstance(a, BoxedOperand))
 
 OPERATORS: dict[tuple[Direction, int], ConvOperator] = {}
 for _rank in (2, 3):

@@ -146,6 +146,7 @@ def build_epilogue(
     axes = rank + lifted
     wrapped = functools.partial(_call, fn, has_bias, asked, COORDINATES[axes])
     function = trace(wrapped, _arguments(has_bias, operand_dtypes, acc_dtype, axes))
+    function = function.with_narrow(acc_dtype in (torch.float16, torch.bfloat16))
     return Epilogue(register_program(function.program), function.captures)
 
 

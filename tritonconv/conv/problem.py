@@ -321,12 +321,28 @@ class ConvProblem:
         spans += [self.in_pixels, self.out_pixels]
         return any(span >= _WIDE_SPAN for span in spans)
 
+    @property
+    def reads_operand(self) -> bool:
+        """Whether the epilogue reads a tensor that lies in memory as the result does: a residual.
+
+        It is as much traffic as the result: what is fast with a bias alone says little.
+        """
+        if self.epilogue is None:
+            return False
+        return self.result_memory in self.epilogue.element_strides
+
+    @property
+    def result_memory(self) -> tuple[int, ...]:
+        """Strides of the result as it is written."""
+        return self.x_strides if self.direction is Direction.DGRAD else self.y_strides
+
     def fields(self) -> Mapping[str, Field]:
         """What tuned entries are keyed by: geometry and layouts as strings, sizes as integers."""
         kind = "dense" if self.groups == 1 else "depthwise" if self.depthwise else "grouped"
         fused = "none"
         if self.epilogue is not None:
-            fused = FUSED[self.direction] + ("+acc" if self.epilogue.save_acc else "")
+            fused = FUSED[self.direction] + ("+operand" if self.reads_operand else "")
+            fused += "+acc" if self.epilogue.save_acc else ""
         if self.dtype is FLOAT8:
             fused = "scaled"
         fields: dict[str, Field] = {
@@ -469,7 +485,9 @@ def parse_problem(direction: Direction, rank: int, fields: Mapping[str, Any]) ->
             ``height``, ``width``) are required; a missing one is the first that is given.
             ``kernel``, ``stride``, ``padding`` and ``dilation`` are an integer, ``"3x3"`` or a
             list; ``N C D H W M K S P G`` are accepted as short names. ``epilogue`` stands for a
-            bias and a ReLU: ``"fused"`` on the forward product, ``"transposed"`` on dgrad.
+            bias and a ReLU: ``"fused"`` on the forward product, ``"transposed"`` on dgrad;
+            followed by ``"+operand"`` for a residual and GELU instead, then by ``"+acc"`` where
+            the accumulator is kept.
             ``output_dtype`` is that of a scaled or quantised result (float8 operands: bfloat16).
 
     Raises:

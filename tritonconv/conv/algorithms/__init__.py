@@ -6,6 +6,7 @@ from ...runtime.operators import Algorithm
 from .aten import Aten
 from .banded import Banded
 from .boxed import Boxed
+from .boxed_operand import BoxedOperand
 from .bundled import Bundled
 from .bundled_weights import BundledWeights
 from .dense import Dense
@@ -30,6 +31,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Grouped(),
     Dense(),
     Boxed(),
+    BoxedOperand(),
     Banded(),
     PackedPhases(),
     Aten(),
