@@ -176,7 +176,8 @@ class ConvOperator(Operator):
         """The most special algorithm that serves the problem, but where another is known better.
 
         On an H100 the generated kernels for groups of a few channels ran at 0.3 to 0.9 times
-        PyTorch's speed, but for bundles of wide enough ones in half precision (58 µs to 46); that of a depthwise weight gradient is faster where channels are fastest in
+        PyTorch's speed, but for large maps in half precision, for which bundles take 46 µs and
+        PyTorch 58; that of a depthwise weight gradient is faster where channels are fastest in
         memory, and not measured elsewhere (docs/benchmarks).
         """
         if problem.depthwise:

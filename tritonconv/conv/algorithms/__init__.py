@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...runtime.operators import Algorithm
 from .aten import Aten
 from .banded import Banded
+from .banded_groups import BandedGroups
 from .boxed import Boxed
 from .bundled import Bundled
 from .bundled_weights import BundledWeights
@@ -30,6 +31,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     Dense(),
     Boxed(),
     Banded(),
+    BandedGroups(),
     Aten(),
 )
 """Most special first: the first that supports a problem is its untuned default."""
