@@ -178,6 +178,17 @@ def test_spaces_begin_with_units_of_four_pixels(width: str, direction: Direction
         assert len(ALGORITHM.configs(direct, device_facts())) >= 2
 
 
+@pytest.mark.parametrize("direction", Direction)
+def test_untuned_calls_on_large_maps_of_narrow_groups(direction: Direction) -> None:
+    fields = {"N": 64, "C": 256, "M": 256, "H": 28, "K": 3, "P": 1, "G": 32, "dtype": "bfloat16"}
+    operator = OPERATORS[direction, 2]
+    problem = problem_of(fields, direction)
+    assert operator.default_algorithm(problem, H100).name == "banded_groups"
+    for more in ({"N": 1}, {"S": 2}, {"G": 128}, {"layout": "contiguous"}, {"dtype": "float32"}):
+        problem = problem_of({**fields, **more}, direction)
+        assert operator.default_algorithm(problem, H100).name == "aten"
+
+
 @pytest.mark.interpreter
 def test_second_order_through_the_operators(
     device: torch.device, monkeypatch: pytest.MonkeyPatch

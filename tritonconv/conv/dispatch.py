@@ -17,6 +17,7 @@ from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
 from .algorithms.banded import Banded, is_clearly_better
+from .algorithms.banded_groups import BandedGroups, is_expected_to_win
 from .algorithms.common import slot_names
 from .algorithms.walked_spaces import wasteful
 from .epilogue import apply_with_torch, build_epilogue
@@ -176,16 +177,17 @@ class ConvOperator(Operator):
         """The most special algorithm that serves the problem, but where another is known better.
 
         On an H100 the generated kernels for groups of a few channels ran at 0.3 to 0.9 times
-        PyTorch's speed, but for large maps in half precision, for which bundles take 46 µs and
-        PyTorch 58; that of a depthwise weight gradient is faster where channels are fastest in
-        memory, and not measured elsewhere (docs/benchmarks).
+        PyTorch's speed, but for large maps in half precision; that of a depthwise weight gradient
+        is faster where channels are fastest in memory, not measured elsewhere (docs/benchmarks).
         """
         if problem.depthwise:
             wgrad = problem.direction is Direction.WGRAD
             slow = wgrad and problem.x_layout != "channels_last"
         else:
             slow = problem.groups > 1 and problem.channels_per_group < 32
-        if slow and ATEN.supports(problem) is None and not _bundles_win(problem):
+        if is_expected_to_win(problem) and BANDED_GROUPS.supports(problem) is None:
+            return BANDED_GROUPS
+        if slow and ATEN.supports(problem) is None:
             return ATEN
         if is_clearly_better(problem) and BANDED.supports(problem) is None:
             return BANDED
@@ -193,20 +195,6 @@ class ConvOperator(Operator):
         if found[0].name == "walked" and wasteful(problem):
             return found[1]
         return found[0]
-
-
-def _bundles_win(problem: ConvProblem) -> bool:
-    """Whether bundles of groups were seen to beat PyTorch in both products over pixels."""
-    per_group = problem.channels_per_group
-    return (
-        problem.direction is not Direction.WGRAD
-        and problem.dtype.itemsize == 2
-        and problem.x_layout == "channels_last"
-        and problem.filters_per_group == per_group
-        and 8 <= per_group < 32
-        and all(hop == 1 for hop in problem.stride)
-        and problem.out_pixels >= 1 << 15
-    )
 
 
 def _scales(problem: ConvProblem) -> EpilogueSpec:
@@ -231,6 +219,7 @@ def as_tf32(t: Tensor) -> Tensor:
 
 ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
 BANDED = next(a for a in ALGORITHMS if isinstance(a, Banded))
+BANDED_GROUPS = next(a for a in ALGORITHMS if isinstance(a, BandedGroups))
 
 OPERATORS: dict[tuple[Direction, int], ConvOperator] = {}
 for _rank in (2, 3):

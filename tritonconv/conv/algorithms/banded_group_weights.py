@@ -160,7 +160,9 @@ def banded_groups_wgrad_kernel(
             acc = matmul_step(tl.trans(g), x, acc, PRECISION, UPCAST)
 
     distance = pixel[None, :] - unit_column[:, None]
-    wanted = (q // GROUP_FILTERS)[:, None] == (c // GROUP_CHANNELS)[None, :]
+    # Not c // GROUP_CHANNELS: the compiler would not see that it is the same along a vector.
+    group = (k // GROUP_CHANNELS) % (CHANNELS // GROUP_CHANNELS)
+    wanted = (q // GROUP_FILTERS)[:, None] == group[None, :]
     wanted = wanted & (distance >= 0) & (distance <= SPAN_W)
     base = (widen(split) * BLOCKS + block) * (BLOCK_N * TILES_K * BLOCK_K)
     offsets = n[:, None] * (TILES_K * BLOCK_K) + k[None, :]
