@@ -43,10 +43,10 @@ def block_counts(problem: ConvProblem) -> tuple[int, ...]:
 def _block_ks(problem: ConvProblem, box: Box) -> tuple[int, ...]:
     """Steps of the reduction (tiles of a weight gradient's columns), which pad little."""
     window = window_of(problem, box)
+    blocks: tuple[int, ...] = (64, 128, 32, 16)
+    depth = window.line
     if problem.direction is Direction.WGRAD:
         depth, blocks = window.lines * window.line, (256, 128, 64, 32, 16)
-    else:
-        depth, blocks = window.line, (64, 128, 32, 16)
     padded = {block: -(-depth // block) * block for block in blocks}
     least = min(padded.values())
     return tuple(block for block in blocks if padded[block] <= 1.15 * least)[:2]
@@ -121,9 +121,8 @@ def _variants(
     roomy = device.arch in ("sm_80", "sm_90", "sm_100")
     found = []
     if problem.direction is not Direction.WGRAD:
-        tiles = ((128, 3), (128, 4), (256, 3), (128, 2), (64, 4), (64, 3))
-        if not roomy:
-            tiles = ((64, 2), (128, 2), (64, 3), (32, 3))
+        roomy_tiles = [(128, 3), (128, 4), (256, 3), (128, 2), (64, 4), (64, 3)]
+        tiles = roomy_tiles if roomy else [(64, 2), (128, 2), (64, 3), (32, 3)]
         for (units, stages), block_k in itertools.product(tiles, _block_ks(inner, box)):
             if window.block_n * units > 128 * 256 or (stages == 4 and block_k > 64):
                 continue
