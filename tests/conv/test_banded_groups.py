@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "8 of 4": {"N": 3, "C": 32, "M": 32, "H": 5, "W": 6, "K": 3, "P": 1, "G": 8},
     "2 of 16, no padding": {"N": 1, "C": 32, "M": 32, "H": 6, "W": 7, "K": 3, "G": 2},
     "3 of 8 by 16": {"N": 1, "C": 24, "M": 48, "H": 5, "W": 4, "K": 3, "P": 1, "G": 3},
-    "2 of 32": {"N": 1, "C": 64, "M": 64, "H": 5, "W": 3, "K": 3, "P": 1, "G": 2},
+    "2 of 32": {"N": 1, "C": 64, "M": 64, "H": 3, "W": 5, "K": "1x3", "P": "0x1", "G": 2},
     "2 of 12": {"N": 1, "C": 24, "M": 24, "H": 4, "W": 5, "K": "2x3", "P": 1, "G": 2},
     "dilated": {
         **{"N": 1, "C": 16, "M": 16, "H": 8, "W": 13, "G": 4},
@@ -59,9 +59,9 @@ def test_default(case: str, direction: Direction, device: torch.device) -> None:
     run_problem(problem_of(CASES[case], direction), "banded_groups", device)
 
 
-@pytest.mark.parametrize("run", [(1, 1, 1), (1, 2, 2), (1, 3, 2)])
+@pytest.mark.parametrize("run", [(1, 1, 1), (1, 3, 2)])
 @pytest.mark.parametrize("direction", Direction)
-@pytest.mark.parametrize("case", ["4 of 8", "3 of 8 by 16", "dilated", "3x3x3"])
+@pytest.mark.parametrize("case", ["4 of 8", "dilated", "3x3x3"])
 def test_boxes_and_blocks(
     case: str, direction: Direction, run: tuple[int, int, int], device: torch.device
 ) -> None:
@@ -71,7 +71,13 @@ def test_boxes_and_blocks(
     config = small(problem, run, counts[0])
     run_problem(problem, "banded_groups", device, config)
     other = replace(
-        config, bundle=counts[-1], units=16, block_k=config.block_k // 2, split=1, images=2
+        config,
+        bundle=counts[-1],
+        units=16,
+        block_k=config.block_k // 2,
+        split=1,
+        images=2,
+        cached=1,
     )
     run_problem(problem, "banded_groups", device, other)
 

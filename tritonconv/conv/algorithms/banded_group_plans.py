@@ -36,6 +36,8 @@ class BandedGroupsConfig(Config):
         block_k: elements of a window in one step; of a tile of columns for the weight's gradient.
         split: parts of the sum over units, for the gradient of the weight.
         images: images over which a tile of a weight gradient's units may reach.
+        cached: whether windows pass the L1 cache, where those of neighbouring units overlap, in
+            copies of 8 bytes; those of 16 bypass it.
     """
 
     run_d: int
@@ -48,6 +50,7 @@ class BandedGroupsConfig(Config):
     num_stages: int
     split: int = 1
     images: int = 1
+    cached: int = 0
 
     @property
     def run(self) -> tuple[int, int, int]:
@@ -239,6 +242,7 @@ def _product_constexprs(problem: ConvProblem, config: BandedGroupsConfig) -> dic
         "HOP_D": window.hop[0],
         "HOP_H": window.hop[1],
         **checks_of(inner, box),
+        "CACHED": bool(config.cached),
         **precision_constexprs(problem),
         "BLOCK_M": config.units,
         "BLOCK_N": window.block_n,

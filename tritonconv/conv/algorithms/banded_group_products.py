@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .banded_products import within
+from .banded_products import in_half_vectors, within
 from .common import matmul_step, pixel_offset, position, store_result, widen, widen_all
 
 
@@ -143,6 +143,7 @@ def banded_groups_kernel(
     OVERHANG_H: tl.constexpr,
     OVERHANG_W: tl.constexpr,
     EVEN_UNITS: tl.constexpr,
+    CACHED: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SAVE_ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -199,7 +200,7 @@ def banded_groups_kernel(
         window = pixel * source_strides[4] + e % CHANNELS
         shifted = source + (d * source_strides[2] + h * source_strides[3])
         offsets = units[:, None] + window[None, :]
-        if CHECK_D or CHECK_H or CHECK_W or LINE % BLOCK_K != 0 or not EVEN_UNITS:
+        if CHECK_D or CHECK_H or CHECK_W or LINE % BLOCK_K != 0 or CACHED or not EVEN_UNITS:
             taken = tl.full((BLOCK_M,), 1, tl.int1)
             if not EVEN_UNITS:
                 taken = held
@@ -208,6 +209,8 @@ def banded_groups_kernel(
             if CHECK_D:
                 taken = taken & within(first_planes + d, source_size[0])
             mask = tl.full((BLOCK_M, BLOCK_K), 1, tl.int1) & taken[:, None]
+            if CACHED:
+                mask = mask & in_half_vectors(e, CHUNKS * BLOCK_K)[None, :]
             if CHECK_W:
                 mask = mask & within(first_columns[:, None] + pixel[None, :], source_size[2])
             if LINE % BLOCK_K != 0:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 from ...runtime.device import DeviceFacts
 from ...runtime.space import ConfigSpace, Footprint
@@ -112,51 +113,60 @@ def _images(
     return tuple(sorted(choices, key=steps)[:2])
 
 
-def _variants(
-    problem: ConvProblem, bundle: int, box: Box, device: DeviceFacts
-) -> list[BandedGroupsConfig]:
-    """Tiles of one kind, the best guess first."""
+# Units of a tile, stages, whether through the L1 cache: the best guess first.
+_PRODUCT_TILES = ((128, 3, 0), (128, 4, 0), (256, 3, 0), (128, 3, 1), (128, 2, 0), (64, 4, 0))
+_WEIGHT_TILES = ((64, 2, 0), (64, 2, 1), (32, 3, 0), (64, 3, 0), (32, 3, 1), (64, 3, 1))
+_SMALL_TILES = ((64, 2, 0), (32, 2, 0), (64, 3, 0), (32, 3, 0))
+
+
+def _products(
+    problem: ConvProblem, bundle: int, box: Box, roomy: bool
+) -> Iterator[BandedGroupsConfig]:
+    """Tiles of one kind of product over pixels, the best guess first."""
+    inner = block_problem(problem, bundle)
+    block_n = window_of(inner, box).block_n
+    for block_k in _block_ks(inner, box):
+        for units, stages, cached in _PRODUCT_TILES if roomy else _SMALL_TILES:
+            if block_n * units <= 128 * 256 and block_k * stages <= 256:
+                warps = _warps(problem, block_n, units, block_k)
+                yield BandedGroupsConfig(*box, bundle, units, block_k, warps, stages, cached=cached)
+
+
+def _weights(
+    problem: ConvProblem, bundle: int, box: Box, device: DeviceFacts, roomy: bool
+) -> Iterator[BandedGroupsConfig]:
+    """Tiles and splits of one kind of weight gradient, the best guess first."""
     inner = block_problem(problem, bundle)
     window = window_of(inner, box)
-    roomy = device.arch in ("sm_80", "sm_90", "sm_100")
-    found = []
-    if problem.direction is not Direction.WGRAD:
-        roomy_tiles = [(128, 3), (128, 4), (256, 3), (128, 2), (64, 4), (64, 3)]
-        tiles = roomy_tiles if roomy else [(64, 2), (128, 2), (64, 3), (32, 3)]
-        for (units, stages), block_k in itertools.product(tiles, _block_ks(inner, box)):
-            if window.block_n * units > 128 * 256 or (stages == 4 and block_k > 64):
-                continue
-            warps = _warps(problem, window.block_n, units, block_k)
-            found.append(BandedGroupsConfig(*box, bundle, units, block_k, warps, stages))
-        return sorted(found, key=lambda config: config.block_k != _block_ks(inner, box)[0])
-    for units, stages in ((64, 2), (64, 3), (32, 3), (32, 4)):
-        for block_k in _block_ks(inner, box):
+    kinds = list(itertools.product(_block_ks(inner, box), _WEIGHT_TILES if roomy else _SMALL_TILES))
+    for share, choice in ((1.0, 0), (0.5, 0), (1.0, 1), (2.0, 0)):
+        for block_k, (units, stages, cached) in kinds:
             if not roomy and block_k * units > 128 * 64:
                 continue
             warps = _warps(problem, window.block_n, units, block_k)
             programs = problem.groups // bundle * -(-window.lines * window.line // block_k)
             slots = (2 if warps == 4 else 1) * device.sm_count
-            for share in (1.0, 0.5, 2.0):
-                split = max(1, int(share * slots / programs))
-                config = BandedGroupsConfig(*box, bundle, units, block_k, warps, stages, split)
-                found += [
-                    dataclasses.replace(config, images=images)
-                    for images in _images(inner, config, slots, programs)
-                ]
-    return found
+            split = max(1, int(share * slots / programs))
+            config = BandedGroupsConfig(
+                *box, bundle, units, block_k, warps, stages, split, cached=cached
+            )
+            images = _images(inner, config, slots, programs)
+            yield dataclasses.replace(config, images=images[min(choice, len(images) - 1)])
 
 
 @functools.lru_cache(maxsize=1024)
 def _listed(problem: ConvProblem, device: DeviceFacts) -> tuple[BandedGroupsConfig, ...]:
-    rows = [_variants(problem, *kind, device) for kind in best_kinds(problem)]
-    rows = [row for row in rows if row]
-    # The first variant of the best kinds, then the second: kinds differ more than tiles do.
-    found: list[BandedGroupsConfig] = []
-    for number, column in enumerate(itertools.zip_longest(*rows)):
-        kept = column if number else column[:4]
-        found += [config for config in kept if config is not None]
-    found += [row[0] for row in rows]
-    return tuple(dict.fromkeys(found))
+    roomy = device.arch in ("sm_80", "sm_90", "sm_100")
+    ranked: list[tuple[float, BandedGroupsConfig]] = []
+    for place, (bundle, box) in enumerate(best_kinds(problem)):
+        if problem.direction is Direction.WGRAD:
+            found = _weights(problem, bundle, box, device, roomy)
+        else:
+            found = _products(problem, bundle, box, roomy)
+        # Other tiles of the best kinds take turns with other kinds.
+        ranked += [(number + 1.5 * place, config) for number, config in enumerate(found)]
+    ranked.sort(key=lambda row: row[0])
+    return tuple(dict.fromkeys(config for _, config in ranked))
 
 
 def banded_groups_space(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .banded_group_products import unit_elements, units_of
-from .banded_products import within
+from .banded_products import in_half_vectors, within
 from .common import matmul_step, pixel_offset, position, widen, widen_all
 
 
@@ -54,6 +54,7 @@ def banded_groups_wgrad_kernel(
     OVERHANG_H: tl.constexpr,
     OVERHANG_W: tl.constexpr,
     EVEN_UNITS: tl.constexpr,
+    CACHED: tl.constexpr,
     IMAGES: tl.constexpr,
     EVEN_IMAGES: tl.constexpr,
     SPAN_W: tl.constexpr,
@@ -124,6 +125,8 @@ def banded_groups_wgrad_kernel(
         column -= LEAD_W
         x_offsets = pixel_offset(source_strides, on_image, plane, row, column)[:, None]
         x_offsets = x_offsets + window[None, :]
+        if CACHED:
+            x_mask = x_mask & in_half_vectors(k, BLOCK_K * TILES_K)[None, :]
         if CHECK_W:
             x_mask = x_mask & within(column[:, None] + pixel[None, :], source_size[2])
         if CHECK_H:
@@ -136,7 +139,7 @@ def banded_groups_wgrad_kernel(
             COLUMNS != BLOCK_N or OVERHANG_D or OVERHANG_H or OVERHANG_W or not EVEN_UNITS
         )
         X_BOUNDS: tl.constexpr = (
-            CHECK_D or CHECK_H or CHECK_W or DEPTH % BLOCK_K != 0 or not EVEN_UNITS
+            CHECK_D or CHECK_H or CHECK_W or DEPTH % BLOCK_K != 0 or CACHED or not EVEN_UNITS
         )
         for step in range(first_step, last_step):
             at_image = step * IMAGES
