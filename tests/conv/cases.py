@@ -49,6 +49,10 @@ PROBLEMS: dict[str, Fields] = {
     "few channels, 16 bits, 3-D": fields(
         N=1, C=8, M=24, D=4, H=5, W=7, K="3x2x3", P="1x0x2", dtype="float16"
     ),
+    "narrow groups, 16 bits": fields(N=2, C=16, M=32, H=4, W=5, K=3, P=1, G=4, dtype="float16"),
+    "narrow groups, 16 bits, 3-D": fields(
+        N=1, C=16, M=16, D=3, H=4, W=5, K="3x2x3", P="1x0x2", G=2, dtype="float16"
+    ),
     "depth of one": fields(N=1, C=9, M=6, D=1, H=5, W=4, K="1x3x3", P="0x1x1"),
 }
 
@@ -69,4 +73,5 @@ KINDS = (
     "depthwise, multiplier, stride 2",
     "an axis each",
     "few channels, 16 bits",
+    "narrow groups, 16 bits",
 )

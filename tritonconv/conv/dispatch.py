@@ -18,6 +18,7 @@ from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
 from .algorithms.banded import Banded, is_clearly_better
+from .algorithms.banded_groups import BandedGroups, is_expected_to_win
 from .algorithms.boxed_operand import BoxedOperand, fills
 from .algorithms.common import slot_names
 from .algorithms.packed_phases import PackedPhases, packs_clearly_better
@@ -186,15 +187,17 @@ class ConvOperator(Operator):
     def default_algorithm(self, problem: ConvProblem, device: DeviceFacts) -> Algorithm:
         """The most special algorithm that serves the problem, but where another is known better.
 
-        On an H100 the generated kernels for groups of a few channels ran at 0.3 to 0.5 times
-        PyTorch's speed; that of a depthwise weight gradient is faster where channels are fastest in
-        memory, and not measured elsewhere (docs/benchmarks).
+        On an H100 the generated kernels for groups of a few channels ran at 0.3 to 0.9 times
+        PyTorch's speed, but for large maps in half precision; that of a depthwise weight gradient
+        is faster where channels are fastest in memory, not measured elsewhere (docs/benchmarks).
         """
         if problem.depthwise:
             wgrad = problem.direction is Direction.WGRAD
             slow = wgrad and problem.x_layout != "channels_last"
         else:
             slow = problem.groups > 1 and problem.channels_per_group < 32
+        if is_expected_to_win(problem) and BANDED_GROUPS.supports(problem) is None:
+            return BANDED_GROUPS
         if slow and ATEN.supports(problem) is None:
             return ATEN
         if BOXED_OPERAND.supports(problem) is None and fills(problem, device):
@@ -244,6 +247,7 @@ ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
 BANDED = next(a for a in ALGORITHMS if isinstance(a, Banded))
 PACKED = next(a for a in ALGORITHMS if isinstance(a, PackedPhases))
 BOXED_OPERAND = next(a for a in ALGORITHMS if isinstance(a, BoxedOperand))
+BANDED_GROUPS = next(a for a in ALGORITHMS if isinstance(a, BandedGroups))
 
 OPERATORS: dict[tuple[Direction, int], ConvOperator] = {}
 for _rank in (2, 3):

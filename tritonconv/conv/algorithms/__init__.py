@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...runtime.operators import Algorithm
 from .aten import Aten
 from .banded import Banded
+from .banded_groups import BandedGroups
 from .boxed import Boxed
 from .boxed_operand import BoxedOperand
 from .bundled import Bundled
@@ -34,6 +35,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
     BoxedOperand(),
     Banded(),
     PackedPhases(),
+    BandedGroups(),
     Aten(),
 )
 """Most special first: the first that supports a problem is its untuned default."""
