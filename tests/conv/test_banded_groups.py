@@ -185,14 +185,13 @@ def test_spaces_begin_with_units_of_four_pixels(width: str, direction: Direction
 
 
 @pytest.mark.parametrize("direction", Direction)
-def test_untuned_calls_on_large_maps_of_narrow_groups(direction: Direction) -> None:
+def test_tuning_tries_it_and_untuned_calls_do_not(direction: Direction) -> None:
+    """Nothing was timed yet: an estimate alone does not take the place of PyTorch's kernel."""
     fields = {"N": 64, "C": 256, "M": 256, "H": 28, "K": 3, "P": 1, "G": 32, "dtype": "bfloat16"}
-    operator = OPERATORS[direction, 2]
     problem = problem_of(fields, direction)
-    assert operator.default_algorithm(problem, H100).name == "banded_groups"
-    for more in ({"N": 1}, {"S": 2}, {"G": 128}, {"layout": "contiguous"}, {"dtype": "float32"}):
-        problem = problem_of({**fields, **more}, direction)
-        assert operator.default_algorithm(problem, H100).name == "aten"
+    operator = OPERATORS[direction, 2]
+    assert operator.default_algorithm(problem, H100).name == "aten"
+    assert ALGORITHM.name in {a.name for a in operator.candidates(problem)}
 
 
 @pytest.mark.interpreter

@@ -18,7 +18,6 @@ from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
 from .algorithms.banded import Banded, is_clearly_better
-from .algorithms.banded_groups import BandedGroups, is_expected_to_win
 from .algorithms.boxed_operand import BoxedOperand, fills
 from .algorithms.common import slot_names
 from .algorithms.packed_phases import PackedPhases, packs_clearly_better
@@ -196,8 +195,6 @@ class ConvOperator(Operator):
             slow = wgrad and problem.x_layout != "channels_last"
         else:
             slow = problem.groups > 1 and problem.channels_per_group < 32
-        if is_expected_to_win(problem) and BANDED_GROUPS.supports(problem) is None:
-            return BANDED_GROUPS
         if slow and ATEN.supports(problem) is None:
             return ATEN
         if BOXED_OPERAND.supports(problem) is None and fills(problem, device):
@@ -247,7 +244,6 @@ ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
 BANDED = next(a for a in ALGORITHMS if isinstance(a, Banded))
 PACKED = next(a for a in ALGORITHMS if isinstance(a, PackedPhases))
 BOXED_OPERAND = next(a for a in ALGORITHMS if isinstance(a, BoxedOperand))
-BANDED_GROUPS = next(a for a in ALGORITHMS if isinstance(a, BandedGroups))
 
 OPERATORS: dict[tuple[Direction, int], ConvOperator] = {}
 for _rank in (2, 3):

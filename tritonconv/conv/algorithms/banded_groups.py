@@ -19,8 +19,6 @@ from ..problem import ConvProblem, Direction
 from .banded_group_plans import BandedGroupsConfig, product_plan, wgrad_plan
 from .banded_group_spaces import banded_groups_footprint, banded_groups_space, block_counts
 
-_VALUES = 1 << 22
-
 
 class BandedGroups(Algorithm):
     """All three products of a grouped convolution of stride one with narrow groups."""
@@ -71,22 +69,3 @@ class BandedGroups(Algorithm):
         if problem.direction is Direction.WGRAD:
             return wgrad_plan(problem, config)
         return product_plan(problem, config)
-
-
-def is_expected_to_win(problem: ConvProblem) -> bool:
-    """Whether an untuned call of a problem that is served should run here.
-
-    By the estimate, not by measurement: bundles of groups that read the input nine times already
-    took 46 µs where PyTorch takes 58. A large map hides the second launch.
-    """
-    widest = max(problem.channels_per_group, problem.filters_per_group)
-    least = min(problem.channels_per_group, problem.filters_per_group)
-    values = problem.out_pixels * problem.out_channels
-    return (
-        problem.groups > 1
-        and least >= 4
-        and widest <= 16
-        and problem.kernel[-1] >= 3
-        and problem.taps >= 9
-        and values >= _VALUES
-    )
