@@ -40,6 +40,15 @@ class _Timed:
     handles: dict[int, Any]
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """A checker and what it checks."""
+
+    checker: Callable[[Candidate], Accuracy]
+    operator: Operator
+    problem: Problem
+
+
 class LabHost:
     """A lab whose timers, checkers and handles are known by number.
 
@@ -51,7 +60,7 @@ class LabHost:
         self._compile = getattr(self.lab, "compile", None)
         self._numbers = itertools.count(1)
         self._timed: dict[int, _Timed] = {}
-        self._checkers: dict[int, Callable[[Candidate], Accuracy]] = {}
+        self._checked: dict[int, _Checked] = {}
 
     def describe(self) -> tuple[DeviceFacts, str | None]:
         """The lab's device and what identifies the board, for the lock."""
@@ -82,7 +91,7 @@ class LabHost:
         prepare = getattr(checker, "prepare", None)
         if prepare is not None:
             prepare()
-        self._checkers[number] = checker
+        self._checked[number] = _Checked(checker, operator, problem)
         return number
 
     def prepare(
@@ -133,8 +142,11 @@ class LabHost:
 
     def check(self, number: int, candidate: Candidate) -> Accuracy | Failure | Lost:
         """Check the result of a candidate."""
+        checked = self._checked[number]
         try:
-            return self._checkers[number](candidate)
+            # What was timed in an earlier run may not be compiled on this machine.
+            self._compile_first(checked.operator, checked.problem, candidate)
+            return checked.checker(candidate)
         except CandidateError as error:
             return error.failure
         except DeviceLostError as error:
@@ -149,7 +161,7 @@ class LabHost:
 
     def close_checker(self, number: int) -> None:
         """Free what a checker holds."""
-        self._checkers.pop(number, None)
+        self._checked.pop(number, None)
 
     def _free(self, number: int, freed: Sequence[int]) -> _Timed:
         timed = self._timed[number]
@@ -159,17 +171,22 @@ class LabHost:
 
     def _prepared(self, timed: _Timed, candidate: Candidate, once: bool = False) -> Any:
         try:
-            if self._compile is not None:
-                # Apart from running it, so that either has its own deadline. The launch then finds
-                # the compiled kernel in Triton's cache.
-                note(COMPILING)
-                self._compile(timed.operator, timed.problem, candidate)
-                note(RUNNING)
+            self._compile_first(timed.operator, timed.problem, candidate)
             return (look(timed.timer) if once else timed.timer.prepare)(candidate)
         except CandidateError as error:
             return error.failure
         except DeviceLostError as error:
             return Lost(str(error))
+
+    def _compile_first(self, operator: Operator, problem: Problem, candidate: Candidate) -> None:
+        """Apart from running it, so that either has its own deadline.
+
+        The launch then finds the compiled kernel in Triton's cache.
+        """
+        if self._compile is not None:
+            note(COMPILING)
+            self._compile(operator, problem, candidate)
+            note(RUNNING)
 
     def _sampled(self, timed: _Timed, handle: Any, seconds: float) -> list[float] | Failure | Lost:
         try:

@@ -137,6 +137,16 @@ def test_checks_are_made_there_too() -> None:
         assert lab.abandoned == []
 
 
+def test_a_check_has_the_time_to_compile_that_a_timing_has() -> None:
+    """What was timed in an earlier run is checked first, and may not be compiled in this one."""
+    moods = {7: "slow to compile"}
+    with WorkerLab(
+        run_timeout=1.0, compile_timeout=60.0, lab=MOODY, lab_arguments=(moods, None)
+    ) as lab:
+        checker = lab.checker(OPERATOR, PROBLEM, 0)
+        assert checker(moody(7)).ok
+
+
 def test_tuning_ends_normally_with_the_results_of_the_others(cache: Path) -> None:
     with moody_lab() as lab:
         (report,) = tune(OPERATOR, [PROBLEM], lab=lab)

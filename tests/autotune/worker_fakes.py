@@ -99,6 +99,10 @@ class Servant:
 BAD = {1: "hang in prepare", 2: "hang in sample", 3: "exit", 4: "broken", 5: "raise", 6: "compile"}
 
 
+SLOWLY = 2.5
+"""Seconds of a compilation that is slow, but not too slow."""
+
+
 class Moody(OnTorch):
     """Variant 0 and those above 6 work; each of the others has its own way to fail."""
 
@@ -148,6 +152,7 @@ class MoodyLab:
         self.moods = BAD if moods is None else moods
         self.identity = identity
         self.samples = 0
+        self.compiled: set[Candidate] = set()
         self.facts: DeviceFacts = nominal_device("sm_90")
 
     def how(self, candidate: Candidate) -> str:
@@ -156,6 +161,13 @@ class MoodyLab:
     def compile(self, operator: Operator, problem: Any, candidate: Candidate) -> None:
         if self.how(candidate) == "compile":
             time.sleep(600)
+        self._compile_slowly(candidate)
+
+    def _compile_slowly(self, candidate: Candidate) -> None:
+        """Takes its time, once in a process, whoever needs the kernel first."""
+        if self.how(candidate) == "slow to compile" and candidate not in self.compiled:
+            time.sleep(SLOWLY)
+            self.compiled.add(candidate)
 
     def timer(self, operator: Operator, problem: Any, policy: Policy, seed: int) -> MoodyTimer:
         return MoodyTimer(self)
@@ -168,6 +180,7 @@ class MoodyLab:
         def judged(candidate: Candidate) -> Accuracy:
             if self.how(candidate) == "exit in check":
                 os._exit(5)
+            self._compile_slowly(candidate)
             return check(candidate)
 
         return judged
