@@ -8,7 +8,6 @@ these three interfaces alone and know no family; a family registers its operator
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import inspect
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
+from .config import Config as Config  # the one place that algorithms import from
 from .device import DeviceFacts
 from .errors import bad_value
 from .launch import Executable
@@ -48,24 +48,6 @@ class Problem(Protocol):
     def bytes_moved(self) -> int:
         """Compulsory traffic: every input read once, every output written once."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Base of an algorithm's configuration: a frozen dataclass of integers."""
-
-    def as_dict(self) -> dict[str, int]:
-        """The fields as JSON-ready integers."""
-        # The tuner calls this for thousands of configs: dataclasses.asdict takes ten times as long.
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """Rebuild a config from JSON; unknown, missing and non-integer fields are refused."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != names or any(type(value) is not int for value in values.values()):
-            raise bad_value("config", f"integers {sorted(names)}", dict(values))
-        return cls(**values)
 
 
 class Algorithm(ABC):

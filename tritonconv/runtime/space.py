@@ -6,7 +6,7 @@ step away. It knows what makes sense for a problem; what fits on a device is dec
 
 Example:
     >>> from dataclasses import dataclass
-    >>> from tritonconv.runtime.operators import Config
+    >>> from tritonconv.runtime.config import Config
     >>> @dataclass(frozen=True)
     ... class BlockConfig(Config):
     ...     block: int
@@ -35,12 +35,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
+from .config import Config
 from .errors import bad_value
-
-if TYPE_CHECKING:
-    from .operators import Config
 
 C_co = TypeVar("C_co", bound="Config", covariant=True)
 
