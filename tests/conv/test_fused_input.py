@@ -326,7 +326,7 @@ def run_problem(
     make_fused_runner(problem, Choice(algorithm.name, config, Tier.DEFAULT))(*tensors.values())
     for name in operator.outputs(problem):
         verdict = check(tensors[name], exact[name], plain[name], dtype=problem.dtype)
-        assert verdict.ok, f"{problem} {config} {name}: {verdict}"
+        assert verdict.ok, f"{algorithm.name} {problem} {config} {name}: {verdict}"
     return {name: tensors[name] for name in operator.outputs(problem)}
 
 
