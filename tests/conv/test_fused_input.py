@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tritonconv as tc
 from tritonconv.conv.algorithms.common import TileConfig
+from tritonconv.conv.algorithms.fused_aten import variance_of
 from tritonconv.conv.fused_dispatch import FUSED_OPERATORS, make_fused_runner
 from tritonconv.conv.ops import FORWARD
 from tritonconv.conv.problem import ConvProblem
@@ -166,6 +167,12 @@ def test_captured_tensors_beside_operands(device: torch.device) -> None:
         return F.conv2d(a, w, padding=1)
 
     assert_gradients(ours, plain, [x, w, s, table])
+
+
+def test_a_constant_channel_has_no_variance() -> None:
+    """On a GPU PyTorch says 0 for 1 / deviation of it, as behind a ReLU that lets nothing pass."""
+    inverse, mean = torch.tensor([0.5, 0.0]), torch.tensor([1.0, 2.0])
+    assert variance_of(inverse, mean)[0].tolist() == [4.0, 0.0]
 
 
 @pytest.mark.parametrize("channels", [(3, 5), (16, 32), (17, 16)], ids=str)

@@ -72,6 +72,10 @@ class FusedAten(Algorithm):
 def _statistics(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Biased variance and mean of every channel, the way batch normalisation takes them."""
     if y.is_cuda:
-        mean, inverse = torch.batch_norm_stats(y, 0.0)
-        return inverse.pow(-2), mean
+        return variance_of(*torch.batch_norm_stats(y, 0.0)[::-1])
     return torch.var_mean(y.float(), [0, *range(2, y.dim())], correction=0)
+
+
+def variance_of(inverse: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Variance and mean of channels of which PyTorch gives 1 / deviation: 0 for constant ones."""
+    return inverse.pow(-2).masked_fill_(inverse == 0, 0.0), mean
