@@ -253,6 +253,26 @@ def test_autocast(device: torch.device) -> None:
     assert_accurate(result, exact, plain_fused(x, w, b, *inputs[3:]).bfloat16())
 
 
+@pytest.mark.interpreter
+def test_autocast_is_noticed_from_call_to_call(device: torch.device) -> None:
+    x, w = leaves((2, 16, 6, 6), (16, 16, 3, 3), device=device)
+    kinds = (None, torch.bfloat16, torch.float16, None)
+    for dtype in kinds * 3:  # every kind first met, remembered, and met again after another
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            y = tc.conv2d(x, w, padding=1)
+            plain = tc.conv2d(x.detach(), w.detach(), padding=1)
+        wanted = dtype or torch.float32
+        operands = [t.detach().to(wanted).requires_grad_() for t in (x, w)]
+        expected = tc.conv2d(*operands, padding=1)
+        assert y.dtype is plain.dtype is wanted
+        assert torch.equal(y, expected) and torch.equal(plain, expected)
+        grads = torch.autograd.grad(y, (x, w), torch.ones_like(y))
+        for mine, theirs in zip(
+            grads, torch.autograd.grad(expected, operands, torch.ones_like(y)), strict=True
+        ):
+            assert mine.dtype is torch.float32 and torch.equal(mine, theirs.float())
+
+
 def counted(policy: CheckpointPolicy | None) -> tuple[list[str], list[Tensor]]:
     """Names of the operators of a forward and a backward pass, and the gradients."""
     inputs = leaves(*FUSED_SHAPES)

@@ -48,6 +48,9 @@ def convolve(
     The other arguments are as users give them; see :func:`tritonconv.conv2d`.
     """
     if not torch.compiler.is_compiling():
+        if torch._C._is_any_autocast_enabled() and _are_plain(x, w, bias):
+            # Once cast, autocast changes nothing more: the key of a call need not tell of it.
+            x, w, bias = arguments.autocast(x, w, bias)
         key = _call_key(
             rank,
             x,
@@ -259,6 +262,12 @@ class PreparedCall:
         return y.squeeze(2) if self.rank == 1 else y
 
 
+def _are_plain(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are tensors that a prepared call may take; others wait for the checks."""
+    types = library.PLAIN_TYPES
+    return type(x) in types and type(w) in types and (bias is None or type(bias) in types)
+
+
 def _call_key(
     rank: int,
     x: Tensor,
@@ -277,8 +286,6 @@ def _call_key(
     if not library.plain(x) or type(w) not in library.PLAIN_TYPES or w.is_neg():
         return None
     if type(epilogue_args) not in (tuple, list):
-        return None
-    if torch._C._is_any_autocast_enabled():
         return None
     function = None if epilogue is None else static_identity(epilogue)
     if function is None and epilogue is not None:

@@ -239,17 +239,21 @@ def cudnn_settings(*, allow_tf32: bool | None, deterministic: bool) -> Iterator[
     """
     backend: Any = torch.backends.cudnn  # the stubs do not know its settings by operator
     with _CUDNN_LOCK:
-        precision = backend.conv.fp32_precision
-        wanted = precision if allow_tf32 is None else "tf32" if allow_tf32 else "ieee"
+        demand = deterministic and not torch._C._get_cudnn_deterministic()
+        precision = wanted = ""
+        if allow_tf32 is not None:  # reading the setting costs more than a launch may
+            precision = backend.conv.fp32_precision
+            wanted = "tf32" if allow_tf32 else "ieee"
         change = wanted != precision and (precision, wanted) != ("none", "ieee")
-        fixed_order = torch._C._get_cudnn_deterministic()
         if change:
             backend.conv.fp32_precision = wanted
-        torch._C._set_cudnn_deterministic(fixed_order or deterministic)
+        if demand:
+            torch._C._set_cudnn_deterministic(True)
         try:
             yield
         finally:
-            torch._C._set_cudnn_deterministic(fixed_order)
+            if demand:
+                torch._C._set_cudnn_deterministic(False)
             if change:
                 # What was read may be inherited from a wider setting: it must stay inherited, or
                 # a later change of that setting would not reach convolutions any more.
