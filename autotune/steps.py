@@ -58,6 +58,7 @@ def step_times(
     dtype: str = "bfloat16",
     layout: str = "channels_last",
     compiled: bool = False,
+    batch_norm: bool = False,
     steps: int = 20,
     device: torch.device | str = "cuda",
     progress: Callable[[str], None] | None = None,
@@ -76,6 +77,7 @@ def step_times(
         dtype: ``bfloat16`` and ``float16`` through autocast, ``float32`` without.
         layout: memory format of model and images.
         compiled: also time both under ``torch.compile``.
+        batch_norm: convert batch norms too.
         steps: of each contender in each of three rounds.
         device: the GPU; a CPU is timed by the host's clock.
         progress: told in a line what is being done; a first step compiles, which takes a while.
@@ -95,10 +97,14 @@ def step_times(
     model = build_model(name, arguments, channels=channels).train()
     images = images_for(model, batch, size, channels, layout, device)
     contenders = [_Contender(EAGER, model, images, dtype, layout, compiled=False)]
-    contenders.append(_Contender(OURS, model, images, dtype, layout, compiled=False))
+    contenders.append(
+        _Contender(OURS, model, images, dtype, layout, compiled=False, batch_norm=batch_norm)
+    )
     if compiled:
         for who in (EAGER, OURS):
-            contenders.append(_Contender(who, model, images, dtype, layout, compiled=True))
+            contenders.append(
+                _Contender(who, model, images, dtype, layout, compiled=True, batch_norm=batch_norm)
+            )
     say = progress or (lambda line: None)
     try:
         for contender in contenders:
@@ -129,6 +135,7 @@ class _Contender:
         layout: str,
         *,
         compiled: bool,
+        batch_norm: bool = False,
     ) -> None:
         self.name = who + (COMPILED if compiled else "")
         self.images = images
@@ -141,7 +148,7 @@ class _Contender:
         own.to(memory_format=form)  # type: ignore[call-overload]  # stubs want a dtype too
         self.ours = who == OURS
         self.written_on_ours = any(_is_ours(module) for module in own.modules())
-        self.converted = len(convert(own).converted) if self.ours else 0
+        self.converted = len(convert(own, batch_norm=batch_norm).converted) if self.ours else 0
         self.optimizer = torch.optim.SGD(own.parameters(), lr=1e-4, momentum=0.9)
         self.model: Callable[[torch.Tensor], Any] = torch.compile(own) if compiled else own
 

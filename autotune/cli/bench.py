@@ -81,6 +81,9 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="With --model: also under torch.compile.")
     ] = False,
+    batch_norm: Annotated[
+        bool, typer.Option("--batch-norm", help="With --model: convert batch norms too.")
+    ] = False,
     host: Annotated[
         bool, typer.Option("--host", help="Host time of eager calls instead of device time.")
     ] = False,
@@ -99,8 +102,9 @@ def bench(
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise bad_value("bench", f"one of {', '.join(sources)}", ", ".join(given) or "nothing")
-    if compiled and model is None:
-        raise bad_value("--compile", "with --model", "without")
+    for name, asked in {"--compile": compiled, "--batch-norm": batch_norm}.items():
+        if asked and model is None:
+            raise bad_value(name, "with --model", "without")
     if model is not None:
         idle = {
             "--vs": vs is not None,
@@ -113,7 +117,8 @@ def bench(
                 raise bad_value(name, "without --model", "with it")
         arguments = parse_shape(model_args) if model_args else None
         options = _step_options(batch, size, channels, dtype, layout)
-        times = step_times(model, arguments, **options, compiled=compiled, progress=out.say)
+        options |= {"compiled": compiled, "batch_norm": batch_norm}
+        times = step_times(model, arguments, **options, progress=out.say)
         _steps(out, model, times)
         return
     wanted = str(shapes or suite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -30,6 +30,14 @@ class Net(nn.Module):
         ours = type(self.first).__module__.startswith("tritonconv")
         Net.losses.append((ours, float(y.detach().float().square().sum())))
         return y
+
+
+class Normalised(Net):
+    """A batch norm and an activation behind its first convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(self.first, nn.BatchNorm2d(4), nn.ReLU())  # type: ignore[assignment]
 
 
 class Refuses(Net):
@@ -95,6 +103,15 @@ def test_says_what_it_does_and_keeps_what_it_has() -> None:
     Interrupted.left = 2
     with pytest.raises(KeyboardInterrupt):
         steps.step_times("test_steps:Interrupted", batch=1, size=(8, 8), steps=3, device="cpu")
+
+
+def test_batch_norms_are_converted_on_request() -> None:
+    options: dict[str, Any] = dict(batch=2, size=(8, 8), dtype="float32", steps=1, device="cpu")
+    counts = [
+        steps.step_times("test_steps:Normalised", batch_norm=asked, **options)[1].converted
+        for asked in (False, True)
+    ]
+    assert counts == [2, 3]
 
 
 def test_volumes() -> None:

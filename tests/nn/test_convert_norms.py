@@ -95,7 +95,7 @@ def steps(model: nn.Module, count: int = 2) -> list[Tensor]:
 def rows(model: nn.Module, **options: bool) -> dict[str, tuple[tuple[str, ...], str]]:
     return {
         row.name: (row.folded, row.reason)
-        for row in convert(model, **options).converted
+        for row in convert(model, **{"batch_norm": True, **options}).converted
         if row.kind.startswith("BatchNorm")
     }
 
@@ -173,7 +173,7 @@ def test_what_is_kept() -> None:
     for name, layer in layers.items():
         model.add_module(name, layer)
     kinds = {name: type(layer) for name, layer in layers.items()}
-    report = convert(model)
+    report = convert(model, batch_norm=True)
     assert not report.converted
     assert {row.name: row.reason.split(":")[0].split(",")[0] for row in report.kept} == {
         "sync": "its statistics are of several processes",
@@ -188,9 +188,9 @@ def test_what_is_kept() -> None:
     assert {name: type(layer) for name, layer in model.named_children()} == kinds
 
 
-def test_norms_are_left_alone_on_request() -> None:
+def test_norms_are_left_alone_unless_asked_for() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    (row,) = convert(model, batch_norm=False).converted
+    (row,) = convert(model).converted
     assert row.kind == "Conv2d" and type(model[1]) is nn.BatchNorm2d
 
 
@@ -198,7 +198,7 @@ def test_folding_after_converting() -> None:
     """What a first call made of the norms does not stand in the way of folding them."""
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     plain = copy.deepcopy(model)
-    convert(model)
+    convert(model, batch_norm=True)
     model.eval(), plain.eval()
     report = convert(model, fold=True)
     assert [row.folded for row in report.converted] == [("1", "2")]
@@ -227,7 +227,7 @@ def test_converted_models_can_be_copied(
         module.BatchNormAct2d = BatchNormAct2d  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module)
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), BatchNormAct2d(4, nn.SiLU()))
-    convert(model)
+    convert(model, batch_norm=True)
     other = clone(model)
     torch.testing.assert_close(steps(other), steps(copy.deepcopy(model)))
     revert(other)

@@ -117,13 +117,14 @@ def _convert_norm(module: nn.Module) -> None:
     module.__class__ = converted_norm(kind)  # type: ignore[assignment]
 
 
-def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = True) -> ConversionReport:
-    """Run the convolutions and batch norms of a model on the library's kernels, in place.
+def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = False) -> ConversionReport:
+    """Run the convolutions of a model on the library's kernels, in place; batch norms on request.
 
-    Every convolution of ``torch.nn``, of one to three axes and transposed, and every batch norm
-    becomes the module of that name in :mod:`tritonconv.nn` with the same parameters, hooks, mode
-    and place in the state_dict. A batch norm also does the work of an activation module behind it
-    where ``torch.fx`` proves that nothing else reads its result, in training mode and in eval mode;
+    Every convolution of ``torch.nn``, of one to three axes and transposed, and with ``batch_norm``
+    every batch norm, becomes the module of that name in :mod:`tritonconv.nn` with the same
+    parameters, hooks, mode and place in the state_dict. A converted batch norm also does the work
+    of an activation module behind it where ``torch.fx`` proves that nothing else reads its result,
+    in training mode and in eval mode;
     both modes stay open. :func:`revert` undoes it. What replaces batch norms by modules of its own,
     such as ``SyncBatchNorm.convert_sync_batchnorm``, comes before: it knows of no activation.
 
@@ -135,7 +136,8 @@ def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = True) ->
             parameters and statistics. That nothing else reads the intermediate results is proven
             by ``torch.fx``; where the model cannot be traced, by tracing its submodules, each
             taken to be called as a whole. The model must stay in eval mode until it is reverted.
-        batch_norm: whether batch norms that are not folded are converted.
+        batch_norm: whether batch norms that are not folded are converted too. Off until training
+            steps on a GPU are measured to gain by it.
 
     Returns:
         What was converted and folded, what was not, and why.
@@ -148,7 +150,7 @@ def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = True) ->
         >>> import torch, tritonconv as tc
         >>> model = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
-        >>> print(tc.nn.convert(model))
+        >>> print(tc.nn.convert(model, batch_norm=True))
         module  now                            note
         ------  -----------------------------  ----
         0       tritonconv.nn.Conv2d
