@@ -198,6 +198,8 @@ def _direct_configs(
             depth, columns = columns, depth
         if block_m > most or (block_m > 64 and pixels <= 64 * block_m):
             continue
+        if problem.dtype.itemsize == 1 and depth < 32:  # the least of a float8 instruction
+            continue
         found.append(BundledConfig(block_m, columns, depth, warps, stages, bundle=bundle, direct=1))
     return found
 
