@@ -324,7 +324,7 @@ def sigmoid(x):
 
 @triton.jit
 def one_plus_erf(x):
-    """``1 + erf(x)`` in 17 instructions without a branch, off by 3e-7, or 1e-4 of a small result.
+    """``1 + erf(x)`` in 14 instructions without a branch, off by 3e-7, or 1e-4 of a small result.
 
     It is ``erfc(-x)``. ``log2(erfc(a))`` is nearly a parabola: a polynomial, fitted over [0, 4.4]
     with weights for both bounds, whose leading coefficient is negative, so that it falls for ever.

@@ -209,7 +209,8 @@ In torch 2.11 ``ScalarType[]`` reaches Python kernels as bare integers, so the s
 """
 
 
-def _codes(dtypes: Sequence[torch.dtype]) -> list[int]:
+def dtype_codes(dtypes: Sequence[torch.dtype]) -> list[int]:
+    """Numbers of dtypes as the elementwise operator takes them."""
     return [_DTYPES.index(dtype) for dtype in dtypes]
 
 
@@ -440,7 +441,7 @@ def apply(
             list(elements),
             list(function.captures if captures is None else captures),
             [0] * len(outputs) if reduce is None else list(reduce),
-            _codes([out.dtype for out in outputs] if dtypes is None else dtypes),
+            dtype_codes([out.dtype for out in outputs] if dtypes is None else dtypes),
             channels_last,
         )
     )
@@ -619,7 +620,7 @@ def _evaluate_derivative(
             elements,
             list(captures),
             reduce,
-            _codes(dtypes),
+            dtype_codes(dtypes),
             channels_last,
         )
     )
@@ -644,4 +645,4 @@ def _passed_through(program: Program) -> tuple[str | None, ...]:
     return tuple(names)
 
 
-__all__ = ["ELEMENTWISE", "apply", "apply_into", "pull_back"]
+__all__ = ["ELEMENTWISE", "apply", "apply_into", "dtype_codes", "pull_back"]

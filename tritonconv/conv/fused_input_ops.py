@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..codegen import Argument, Role, trace
-from ..codegen.elementwise import ELEMENTWISE, _codes, apply, pull_back
+from ..codegen.elementwise import ELEMENTWISE, apply, dtype_codes, pull_back
 from ..codegen.program import Program, ScalarFunction
 from ..codegen.registry import program_of, register_program
 from ..runtime import library, tables
@@ -403,7 +403,7 @@ def apply_elementwise(prologue: str, x: Tensor, reads: Sequence[Tensor]) -> Tens
         [x],
         list(reads),
         [0],
-        _codes([x.dtype]),
+        dtype_codes([x.dtype]),
         is_channels_last(x),
     )[0]
     return result
