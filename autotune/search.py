@@ -18,7 +18,7 @@ from typing import Protocol
 from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.tables import Timing
 
-from .space import Candidate, CandidateKey, Space
+from .space import PYTORCH_ALGORITHM, Candidate, CandidateKey, Space
 
 EXHAUSTIVE_LIMIT = 32
 QUICK_LIMIT = 32
@@ -181,7 +181,7 @@ class _Descent(_Batches):
         self._shuffled = list(space.candidates)
         rng.shuffle(self._shuffled)
         self._by_model = model_order(space) if space.predicted else self._shuffled
-        self._seeds = [*space.heads, *nearest[:_NEAREST_SEEDS], *space.plausible]
+        self._seeds = [*_openings(space, nearest[:_NEAREST_SEEDS]), *space.plausible]
         self._position = {key: index for index, key in enumerate(space.by_key)}
         self._times: dict[CandidateKey, float] = {}
         self._around: set[tuple[int, CandidateKey]] = set()
@@ -241,6 +241,15 @@ class _Descent(_Batches):
         return self.space.predicted.get(candidate.as_key(), 0.0)
 
 
+def _openings(space: Space, nearest: Sequence[Candidate]) -> list[Candidate]:
+    """The default, PyTorch's kernel, the nearest winner, the other heads, the other winners.
+
+    A search of few configs, as on the sibling of a device that was tuned, gets the likeliest.
+    """
+    pytorch = [head for head in space.heads if head.algorithm == PYTORCH_ALGORITHM]
+    return [space.default, *pytorch, *nearest[:1], *space.heads, *nearest[1:]]
+
+
 def model_order(space: Space) -> list[Candidate]:
     """The candidates as the hardware model ranks them; those it does not know in the middle."""
     known = sorted(space.predicted[key] for key in space.by_key if key in space.predicted)
@@ -281,7 +290,8 @@ def make_strategy(
         name: which.
         space: the candidates of a problem.
         effort: ``none`` asks for the heads alone, ``quick`` for at most 32 candidates.
-        nearest: winners of the nearest tuned problems, tried early; unknown ones are ignored.
+        nearest: winners of the nearest tuned problems, the first of them directly after
+            the default and PyTorch's kernel; unknown ones are ignored.
         max_configs: at most so many candidates, whatever the effort.
         seed: of everything random.
 
@@ -301,6 +311,8 @@ def make_strategy(
     limit = min(limit, max_configs or limit)
     rng = random.Random(seed)
     near = [space.by_key[key] for key in nearest if key in space.by_key]
+    if effort is Effort.NONE:
+        near = []
     if name is StrategyName.DESCENT:
         return _Descent(space, limit, near, rng, exhaust=effort is Effort.FULL)
     rest = list(space.candidates)
@@ -308,7 +320,7 @@ def make_strategy(
         rng.shuffle(rest)
     elif name is StrategyName.MODEL:
         rest = _with_exploration(model_order(space), rng)
-    return _Listed(space, limit, [space.default, *space.heads, *near, *space.plausible, *rest])
+    return _Listed(space, limit, [*_openings(space, near), *space.plausible, *rest])
 
 
 @dataclass(frozen=True)

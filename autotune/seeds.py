@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from tritonconv.runtime.operators import Field
+from tritonconv.runtime.device import DeviceFacts
+from tritonconv.runtime.operators import Field, Operator, Problem
 from tritonconv.runtime.sources import operator_folder, read_located
-from tritonconv.runtime.tables import Environment
+from tritonconv.runtime.tables import Environment, Tier, tuned_table
 
-from .space import CandidateKey
+from .space import CandidateKey, candidate_key
 from .store import Store, trial_key
 
 _MOST = 8
@@ -57,3 +58,17 @@ def nearest_winners(
         rows.append((differing, distance, path.name, winner))
     rows.sort(key=lambda row: row[:3])
     return tuple(dict.fromkeys(key for *_, key in rows))[:_MOST]
+
+
+def served_now(
+    operator: Operator, problem: Problem, device: DeviceFacts
+) -> tuple[CandidateKey, ...]:
+    """What the tables would run today, the packaged ones and those of a like device included.
+
+    It is the one to beat: on a device that was never tuned it is what won on its sibling, so that
+    a short search begins where that one ended. None where it is the default anyway.
+    """
+    choice = tuned_table(device).lookup(operator, problem)
+    if choice.tier is Tier.DEFAULT:
+        return ()
+    return (candidate_key(choice.algorithm, choice.config.as_dict()),)

@@ -38,7 +38,7 @@ from .search import (
     search,
     settled,
 )
-from .seeds import nearest_winners
+from .seeds import nearest_winners, served_now
 from .space import PYTORCH_ALGORITHM, Candidate, CandidateKey, Space, space
 from .store import Store, elect, trial_key
 
@@ -120,7 +120,10 @@ class Session:
                 getattr(self.problem, "variants", ()),
             )
         self.trials = self._known_trials()
-        nearest = nearest_winners(self.store, self.env, self.operator.name, fields)
+        nearest = (
+            *served_now(self.operator, self.problem, self.lab.facts),
+            *nearest_winners(self.store, self.env, self.operator.name, fields),
+        )
         searched = self._to_search()
 
         def strategy() -> Strategy:

@@ -82,6 +82,9 @@ def test_small_spaces_are_tried_whole_in_order_and_heads_come_first() -> None:
     assert result.complete
     none = run(StrategyName.AUTO, found, lambda _: timing(1.0), Effort.NONE)
     assert [c.algorithm for c, _ in none.outcomes] == ["fine", "aten"]
+    near = [found.candidates[-1].as_key()]
+    alone = make_strategy(StrategyName.AUTO, found, Effort.NONE, nearest=near).ask()
+    assert [c.algorithm for c in alone] == ["fine", "aten"]
 
 
 @pytest.mark.parametrize("name", StrategyName)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from autotune_entries import SISTER, winner
 from autotune_fakes import BROKEN, Aten, Fine, PlaybackLab, Scale, ScaleProblem, Wrong, table_of
 
 from tritonconv.autotune.measure import DeviceLostError
@@ -196,6 +197,21 @@ def test_repeated_tuning_of_near_ties_stores_the_same_config(cache: Path) -> Non
         winners.add((report.entry.best.algorithm, tuple(report.entry.best.config.items())))
         assert len(report.entry.tied) > 1
     assert winners == {("fine", (("variant", 0),))}
+
+
+def test_a_short_search_tries_what_won_on_the_sibling_device(cache: Path) -> None:
+    operator = Scale(Fine(), Aten())
+    lab = PlaybackLab(table_of({("fine", 3): 5.0}))
+    options = Options(max_configs=3)
+    (alone,) = tune(operator, [PROBLEM], lab=lab, options=options)
+    assert alone.entry is not None and alone.entry.best.config != {"variant": 3}
+    assert alone.path is not None
+    alone.path.unlink()
+    Store().save(SISTER, winner(3, env=SISTER, size=900))
+    tables.invalidate()
+    (report,) = tune(operator, [PROBLEM], lab=lab, options=options)
+    assert report.entry is not None and report.measured == 3
+    assert report.entry.best.config == {"variant": 3}
 
 
 def test_efforts(cache: Path) -> None:
