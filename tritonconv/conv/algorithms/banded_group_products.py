@@ -17,14 +17,15 @@ import triton
 import triton.language as tl
 
 from .banded_windows import (
-    backwards,
+    add_tap,
     below_ends,
+    distances,
     in_half_vectors,
-    tap_between,
+    on_taps,
     window_step,
     within,
 )
-from .common import matmul_step, pixel_offset, position, store_result, tap_offset, widen, widen_all
+from .common import matmul_step, pixel_offset, position, store_result, widen, widen_all
 
 
 @triton.jit
@@ -94,18 +95,20 @@ def band_group_weight_kernel(
     j = n // FILTERS
     q = n % FILTERS
     c = e % CHANNELS
+    d, h, w = distances(j, line, e, CHANNELS, RUN_H, RUN_W, WINDOW_H, HOP_D, HOP_H)
+    t = d // DILATION_D
+    r = h // DILATION_H
+    s = w // DILATION_W
     taken = (n < COLUMNS) & (index < elements) & (q // GROUP_FILTERS == c // GROUP_CHANNELS)
-    t, r, s, taken = tap_between(
-        j, line, e // CHANNELS, taken,
+    taken = on_taps(
+        taken, (d, h, w), (t, r, s),
         KERNEL_D, KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
-        RUN_H, RUN_W, WINDOW_H, HOP_D, HOP_H,
     )  # fmt: skip
     if FLIPPED:
         offsets = (block * CHANNELS + c) * w_strides[0] + (q % GROUP_FILTERS) * w_strides[1]
     else:
         offsets = (block * FILTERS + q) * w_strides[0] + (c % GROUP_CHANNELS) * w_strides[1]
-    t, r, s = backwards(t, r, s, KERNEL_D, KERNEL_H, KERNEL_W, FLIPPED)
-    offsets += tap_offset(w_strides, t, r, s)
+    offsets = add_tap(offsets, w_strides, t, r, s, KERNEL_D, KERNEL_H, KERNEL_W, FLIPPED)
     weight = tl.load(w_ptr + offsets, mask=taken, other=0.0)
     tl.store(band_ptr + index, weight, mask=index < elements)
 

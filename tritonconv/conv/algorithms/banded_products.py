@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 
 from .banded_windows import (
-    backwards,
+    add_tap,
     below_ends,
+    distances,
     in_half_vectors,
-    tap_between,
+    on_taps,
     window_step,
     within,
 )
-from .common import matmul_step, store_result, tap_offset, widen, widen_all
+from .common import matmul_step, store_result, widen, widen_all
 
 
 @triton.jit
@@ -109,18 +110,20 @@ def band_weight_kernel(
     e = (index // BLOCK_N) % DEPTH
     line = index // (BLOCK_N * DEPTH)
     j = n // FILTERS
+    d, h, w = distances(j, line, e, CHANNELS, RUN_H, RUN_W, WINDOW_H, HOP_D, HOP_H)
+    t = d // DILATION_D
+    r = h // DILATION_H
+    s = w // DILATION_W
     taken = (n < COLUMNS) & (index < elements)
-    t, r, s, taken = tap_between(
-        j, line, e // CHANNELS, taken,
+    taken = on_taps(
+        taken, (d, h, w), (t, r, s),
         KERNEL_D, KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
-        RUN_H, RUN_W, WINDOW_H, HOP_D, HOP_H,
     )  # fmt: skip
     if FLIPPED:
         offsets = (e % CHANNELS) * w_strides[0] + (n % FILTERS) * w_strides[1]
     else:
         offsets = (n % FILTERS) * w_strides[0] + (e % CHANNELS) * w_strides[1]
-    t, r, s = backwards(t, r, s, KERNEL_D, KERNEL_H, KERNEL_W, FLIPPED)
-    offsets += tap_offset(w_strides, t, r, s)
+    offsets = add_tap(offsets, w_strides, t, r, s, KERNEL_D, KERNEL_H, KERNEL_W, FLIPPED)
     weight = tl.load(w_ptr + offsets, mask=taken, other=0.0)
     tl.store(band_ptr + index, weight, mask=index < elements)
 

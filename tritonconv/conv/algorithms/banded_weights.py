@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .banded_products import unit_columns, unit_tile, widen_three
-from .banded_windows import backwards, in_half_vectors, place_between, within
-from .common import matmul_step, tap_offset, widen, widen_all
+from .banded_windows import add_tap, in_half_vectors, place_between, within
+from .common import matmul_step, widen, widen_all
 
 
 @triton.jit
@@ -205,7 +205,6 @@ def diagonal_sum_kernel(
         offsets = c * w_strides[0] + q * w_strides[1]
     else:
         offsets = q * w_strides[0] + c * w_strides[1]
-    t, r, s = backwards(t, r, s, KERNEL_D, KERNEL_H, KERNEL_W, FLIPPED)
-    offsets += tap_offset(w_strides, t, r, s)
+    offsets = add_tap(offsets, w_strides, t, r, s, KERNEL_D, KERNEL_H, KERNEL_W, FLIPPED)
     result = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets, result, mask=wanted)

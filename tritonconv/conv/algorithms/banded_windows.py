@@ -77,37 +77,42 @@ def below_ends(
 
 
 @triton.jit
-def tap_between(
+def distances(
     j,
     line,
-    pixel,
-    mask,
-    KERNEL_D: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    DILATION_D: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    e,
+    CHANNELS: tl.constexpr,
     RUN_H: tl.constexpr,
     RUN_W: tl.constexpr,
     WINDOW_H: tl.constexpr,
     HOP_D: tl.constexpr,
     HOP_H: tl.constexpr,
 ):
-    """The tap (t, r, s) with which pixel j of a unit meets a pixel of a line of its window.
-
-    Last of all comes ``mask`` and that there is such a tap.
-    """
+    """Pixels (d, h, w) from pixel j of a unit to that of element e of a line of its window."""
     d = (line // WINDOW_H) * HOP_D - j // (RUN_W * RUN_H)
     h = (line % WINDOW_H) * HOP_H - (j // RUN_W) % RUN_H
-    w = pixel - j % RUN_W
-    t = d // DILATION_D
-    r = h // DILATION_H
-    s = w // DILATION_W
-    taken = mask & (d >= 0) & (d % DILATION_D == 0) & (t < KERNEL_D)
-    taken = taken & (h >= 0) & (h % DILATION_H == 0) & (r < KERNEL_H)
-    taken = taken & (w >= 0) & (w % DILATION_W == 0) & (s < KERNEL_W)
-    return t, r, s, taken
+    w = e // CHANNELS - j % RUN_W
+    return d, h, w
+
+
+@triton.jit
+def on_taps(
+    mask,
+    distance,
+    tap,
+    KERNEL_D: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    DILATION_D: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+):
+    """``mask`` and that a distance is that of a tap (t, r, s), its quotient by the dilation."""
+    d, h, w = distance
+    t, r, s = tap
+    mask = mask & (d >= 0) & (d % DILATION_D == 0) & (t < KERNEL_D)
+    mask = mask & (h >= 0) & (h % DILATION_H == 0) & (r < KERNEL_H)
+    return mask & (w >= 0) & (w % DILATION_W == 0) & (s < KERNEL_W)
 
 
 @triton.jit
@@ -134,7 +139,9 @@ def place_between(
 
 
 @triton.jit
-def backwards(
+def add_tap(
+    offsets,
+    w_strides,
     t,
     r,
     s,
@@ -143,9 +150,10 @@ def backwards(
     KERNEL_W: tl.constexpr,
     FLIPPED: tl.constexpr,
 ):
-    """The tap of the weight: with FLIPPED the source meets the taps from the last to the first."""
+    """Offsets of a tap in the weight: with FLIPPED the source meets the last tap first."""
     if FLIPPED:
-        t = KERNEL_D - 1 - t
-        r = KERNEL_H - 1 - r
-        s = KERNEL_W - 1 - s
-    return t, r, s
+        offsets += (KERNEL_D - 1 - t) * w_strides[2] + (KERNEL_H - 1 - r) * w_strides[3]
+        offsets += (KERNEL_W - 1 - s) * w_strides[4]
+    else:
+        offsets += t * w_strides[2] + r * w_strides[3] + s * w_strides[4]
+    return offsets
