@@ -18,12 +18,10 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,16 +34,16 @@ from torch import Tensor, nn
 from tritonconv.runtime.errors import bad_value
 
 from ..data.segmentation import (
-    MissingExtraError,
     SegmentationData,
     SegmentationSample,
     load_folder,
     load_icbm152,
 )
+from ._steps import StepTimer, stop_on_interrupt
 from .attention_unet import build
 from .dice import overlap_counts, soft_dice_loss
+from .panels import render as render  # it belongs to the pieces above
 
-_WARM_UP = 5  # first steps, left out of the time per step: allocation, compilation, tuning
 _REPORT_EVERY = 10  # steps between reports on a GPU, where each report waits for the device
 
 
@@ -251,7 +249,7 @@ def train(
         step, spent, losses = _load(path, config, model, optimizer, generator, device)
 
     new_losses: list[Tensor] = []
-    timer = _StepTimer(cuda)
+    timer = StepTimer(cuda)
     saved = began = time.perf_counter()
 
     def seconds() -> float:
@@ -262,7 +260,7 @@ def train(
             everything = torch.cat([losses, _stack(new_losses)])
             _save(path, config, model, optimizer, generator, step, seconds(), everything)
 
-    with _stop_on_interrupt() as stopped:
+    with stop_on_interrupt() as stopped:
         while not stopped() and (used := _used(config, step, seconds())) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * used))
@@ -355,103 +353,6 @@ def predict(
     return logits.argmax(1)[0].cpu(), attention
 
 
-def render(
-    path: str | Path,
-    image: Tensor,
-    truth: Tensor,
-    prediction: Tensor,
-    attention: Tensor,
-    *,
-    classes: Sequence[str] = (),
-    title: str = "",
-) -> Path:
-    """Write a PNG with four panels: image, truth, prediction, attention.
-
-    Args:
-        path: file to write.
-        image: ``(C, H, W)``; one channel is shown grey, three as colours.
-        truth: ``(H, W)`` integer labels.
-        prediction: ``(H, W)`` integer labels.
-        attention: ``(H, W)`` in [0, 1].
-        classes: names of the classes, for the legend.
-        title: text above the panels.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        ValueError: the sizes differ.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.colors import ListedColormap
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise MissingExtraError(
-            "render needs the matplotlib package: pip install 'tritonconv[demo]'"
-        ) from error
-    size = tuple(image.shape[1:])
-    for name, panel in (("truth", truth), ("prediction", prediction), ("attention", attention)):
-        if tuple(panel.shape) != size:
-            raise bad_value(name, f"the size of the image {size}", tuple(panel.shape))
-    picture = image.detach().float().cpu()
-    low, high = torch.quantile(
-        picture.flatten()[:: max(picture.numel() // 100_000, 1)], torch.tensor([0.005, 0.995])
-    ).tolist()
-    picture = ((picture - low) / max(high - low, 1e-6)).clamp(0, 1)
-    pixels = picture.movedim(0, -1).numpy() if len(picture) == 3 else picture[0].numpy()
-    truth, prediction = truth.cpu(), prediction.cpu()
-    count = max(int(truth.max()), int(prediction.max())) + 1
-    count = max(count, len(classes))
-
-    figure = Figure(
-        figsize=(13.0, 13.0 / 4 * size[0] / size[1] + 0.9), dpi=150, layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    agreement = (truth == prediction).float().mean().item()
-    axes = figure.subplots(1, 4)
-    titles = ("image", "truth", f"prediction ({agreement:.1%} of pixels agree)", "attention")
-    for axis, name in zip(axes, titles, strict=True):
-        axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(name, fontsize=11)
-        axis.set_axis_off()
-    colours = [_COLOURS[i % len(_COLOURS)] for i in range(count)]
-    overlay = ListedColormap([(0, 0, 0, 0), *[(*c, 0.55) for c in colours[1:]]])
-    for axis, labels in ((axes[1], truth), (axes[2], prediction)):
-        axis.imshow(
-            labels.numpy(), cmap=overlay, vmin=-0.5, vmax=count - 0.5, interpolation="nearest"
-        )
-    heat = axes[3].imshow(
-        attention.detach().float().cpu().numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.75
-    )
-    figure.colorbar(heat, ax=axes[3], fraction=0.045, pad=0.02)
-    if len(classes) > 1:
-        patches = [Patch(color=colours[i], label=classes[i]) for i in range(1, len(classes))]
-        figure.legend(
-            handles=patches, loc="outside lower center", ncols=len(patches), frameon=False
-        )
-    if title:
-        figure.suptitle(title, fontsize=12)
-    path = Path(path)
-    figure.savefig(path, format="png")
-    return path
-
-
-# Okabe and Ito's colours, which colour-blind people can tell apart; class 0 is transparent.
-_COLOURS = (
-    (0.0, 0.0, 0.0),
-    (0.90, 0.62, 0.0),
-    (0.34, 0.71, 0.91),
-    (0.0, 0.62, 0.45),
-    (0.94, 0.89, 0.26),
-    (0.84, 0.37, 0.0),
-    (0.80, 0.47, 0.65),
-    (0.0, 0.45, 0.70),
-)
-
-
 def _autocast(amp: bool) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if amp else nullcontext()
 
@@ -501,57 +402,6 @@ def _batch(
         # Images of one channel are in both formats; only their strides say which is meant.
         batch = torch.empty_like(batch, memory_format=torch.channels_last).copy_(batch)
     return batch, torch.stack(chosen_labels)
-
-
-class _StepTimer:
-    """Times steps: by events on the GPU, which cost no waiting, else by the clock."""
-
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
-        self.steps: list[Any] = []
-
-    def __enter__(self) -> None:
-        self.start = self._now()
-
-    def __exit__(self, *_: object) -> None:
-        self.steps.append((self.start, self._now()))
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def median_ms(self) -> float:
-        """Median of all steps but the first few; the device must have finished them."""
-        steps = self.steps[_WARM_UP:]
-        if not steps:
-            return math.nan
-        if self.cuda:
-            return statistics.median(a.elapsed_time(b) for a, b in steps)
-        return 1000 * statistics.median(b - a for a, b in steps)
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag, so that a step is never cut in two."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag.is_set
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handle(*_: object) -> None:
-        if flag.is_set():
-            raise KeyboardInterrupt
-        flag.set()
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield flag.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _stack(losses: list[Tensor]) -> Tensor:

@@ -19,19 +19,32 @@ NO_KERNELS = "footprints"
 """Modules of this name, and what begins so, estimate: what is launched does not hang on them."""
 
 
+SHARED = "../../runtime/"
+"""Kernels of any family share helpers there; its other modules run nothing on a GPU."""
+
+
 def siblings(module: str) -> set[str]:
-    """Modules of the folder that a module imports, directly."""
+    """Modules of the folder that a module imports, directly, and shared ones with kernels."""
     found: set[str] = set()
     for node in ast.walk(ast.parse((FOLDER / f"{module}.py").read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             names = [node.module] if node.module else [alias.name for alias in node.names]
             found |= {name.partition(".")[0] for name in names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 3:
+            package, _, name = (node.module or "").partition(".")
+            shared = f"{SHARED}{name}"
+            if package == "runtime" and has_kernels(FOLDER / f"{shared}.py"):
+                found.add(shared)
         elif isinstance(node, ast.ImportFrom):
             inside = "conv.algorithms"
             if (node.module or "").partition(inside)[1]:
                 rest = (node.module or "").partition(inside)[2].lstrip(".")
                 found |= {rest} if rest else {alias.name for alias in node.names}
     return {name for name in found if not name.startswith(NO_KERNELS)}
+
+
+def has_kernels(path: Path) -> bool:
+    return "@triton.jit" in path.read_text()
 
 
 def needed(module: str) -> set[str]:
@@ -64,7 +77,8 @@ def test_sources_are_the_modules_with_what_an_algorithm_runs(algorithm: Algorith
 def test_the_rule_sees_kernels_that_are_imported_from_a_neighbour() -> None:
     assert {"common", "tiles"} <= needed("implicit_gemm")
     assert "footprints" not in needed("dense") and "windows" not in needed("dense")
-    with_kernels = {p.stem for p in FOLDER.glob("*.py") if "@triton.jit" in p.read_text()}
+    with_kernels = {p.stem for p in FOLDER.glob("*.py") if has_kernels(p)}
+    with_kernels |= {f"{SHARED}{p.stem}" for p in (FOLDER / SHARED).glob("*.py") if has_kernels(p)}
     listed = {name for a in EVERY for name in (*a.sources, own(a))}
     assert with_kernels <= listed
 

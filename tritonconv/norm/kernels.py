@@ -10,15 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _last_to_arrive(counter_ptr, parts):
-    """Whether all ``parts`` programs have arrived at a counter; the last one sets it to zero."""
-    # All threads of this program have stored before one of them counts it in.
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1
-    tl.store(counter_ptr, 0, mask=last)
-    return last
+from ..runtime.last_arrival import last_to_arrive
 
 
 @triton.jit
@@ -194,7 +186,7 @@ def statistics_kernel(
         tl.store(means_ptr + part * channels + channel, mean, mask=inside)
         tl.store(scatters_ptr + part * channels + channel, scatter, mask=inside)
         tl.store(counts_ptr + part, count)
-        complete = _last_to_arrive(arrivals_ptr + tile, parts)
+        complete = last_to_arrive(arrivals_ptr + tile, parts)
         if complete:
             shift = tl.load(means_ptr + channel, mask=inside, other=0.0, cache_modifier=".cg")
             moved = tl.zeros((MERGE, WIDTH), tl.float32)
@@ -318,7 +310,7 @@ def gradient_sums_kernel(
         products_ptr = parts_ptr + parts * channels
         tl.store(parts_ptr + part * channels + channel, total, mask=inside)
         tl.store(products_ptr + part * channels + channel, product, mask=inside)
-        complete = _last_to_arrive(arrivals_ptr + tile, parts)
+        complete = last_to_arrive(arrivals_ptr + tile, parts)
         if complete:
             all_sums = tl.zeros((MERGE, WIDTH), tl.float32)
             all_products = tl.zeros((MERGE, WIDTH), tl.float32)

@@ -34,6 +34,7 @@ class Banded(Algorithm):
         "banded_products",
         "banded_spaces",
         "banded_weights",
+        "banded_windows",
         "common",
         "tiles",
     )

@@ -16,7 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .banded_products import in_half_vectors, within
+from .banded_windows import (
+    add_tap,
+    below_ends,
+    distances,
+    in_half_vectors,
+    on_taps,
+    window_step,
+    within,
+)
 from .common import matmul_step, pixel_offset, position, store_result, widen, widen_all
 
 
@@ -87,24 +95,20 @@ def band_group_weight_kernel(
     j = n // FILTERS
     q = n % FILTERS
     c = e % CHANNELS
-    # Distances in pixels from the unit's pixel: exact multiples of the dilation where a tap is.
-    d = (line // WINDOW_H) * HOP_D - j // (RUN_W * RUN_H)
-    h = (line % WINDOW_H) * HOP_H - (j // RUN_W) % RUN_H
-    w = e // CHANNELS - j % RUN_W
+    d, h, w = distances(j, line, e, CHANNELS, RUN_H, RUN_W, WINDOW_H, HOP_D, HOP_H)
     t = d // DILATION_D
     r = h // DILATION_H
     s = w // DILATION_W
     taken = (n < COLUMNS) & (index < elements) & (q // GROUP_FILTERS == c // GROUP_CHANNELS)
-    taken = taken & (d >= 0) & (d % DILATION_D == 0) & (t < KERNEL_D)
-    taken = taken & (h >= 0) & (h % DILATION_H == 0) & (r < KERNEL_H)
-    taken = taken & (w >= 0) & (w % DILATION_W == 0) & (s < KERNEL_W)
+    taken = on_taps(
+        taken, (d, h, w), (t, r, s),
+        KERNEL_D, KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
+    )  # fmt: skip
     if FLIPPED:
         offsets = (block * CHANNELS + c) * w_strides[0] + (q % GROUP_FILTERS) * w_strides[1]
-        offsets += (KERNEL_D - 1 - t) * w_strides[2] + (KERNEL_H - 1 - r) * w_strides[3]
-        offsets += (KERNEL_W - 1 - s) * w_strides[4]
     else:
         offsets = (block * FILTERS + q) * w_strides[0] + (c % GROUP_CHANNELS) * w_strides[1]
-        offsets += t * w_strides[2] + r * w_strides[3] + s * w_strides[4]
+    offsets = add_tap(offsets, w_strides, t, r, s, KERNEL_D, KERNEL_H, KERNEL_W, FLIPPED)
     weight = tl.load(w_ptr + offsets, mask=taken, other=0.0)
     tl.store(band_ptr + index, weight, mask=index < elements)
 
@@ -183,18 +187,7 @@ def banded_groups_kernel(
     band = band_ptr + block * (STEPS * BLOCK_K * BLOCK_N) + (k[:, None] * BLOCK_N + n[None, :])
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(STEPS):
-        if CHUNKS == 1:
-            line = step
-            e = k
-        else:
-            line = step // CHUNKS
-            e = (step % CHUNKS) * BLOCK_K + k
-        if WINDOW_D == 1:
-            d = 0
-            h = line * HOP_H
-        else:
-            d = (line // WINDOW_H) * HOP_D
-            h = (line % WINDOW_H) * HOP_H
+        d, h, e = window_step(step, k, CHUNKS, BLOCK_K, WINDOW_D, WINDOW_H, HOP_D, HOP_H)
         # Pixels, not elements, so that the compiler sees whole vectors with one bound.
         pixel = e // CHANNELS
         window = pixel * source_strides[4] + e % CHANNELS
@@ -233,12 +226,9 @@ def banded_groups_kernel(
         mask = mask & held[:, None]
     if COLUMNS != BLOCK_N:
         mask = mask & (n < COLUMNS)[None, :]
-    if OVERHANG_D:
-        mask = mask & (out_plane < unit_size[0])
-    if OVERHANG_H:
-        mask = mask & (out_row < unit_size[1])
-    if OVERHANG_W:
-        mask = mask & (out_column < unit_size[2])
+    mask = below_ends(
+        mask, out_plane, out_row, out_column, unit_size, OVERHANG_D, OVERHANG_H, OVERHANG_W
+    )
     out = pixel_offset(unit_strides, image, plane, row, column)
     if WIDE:
         element += widen(block) * FILTERS

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from .banded_group_products import unit_elements, units_of
-from .banded_products import in_half_vectors, within
-from .common import matmul_step, pixel_offset, position, widen, widen_all
+from .banded_windows import below_ends, in_half_vectors, place_between, within
+from .common import matmul_step, pixel_offset, position, tap_offset, widen, widen_all
 
 
 @triton.jit
@@ -114,12 +114,16 @@ def banded_groups_wgrad_kernel(
             x_mask = x_mask & valid[:, None]
         if COLUMNS != BLOCK_N:
             g_mask = g_mask & (n < COLUMNS)[None, :]
-        if OVERHANG_D:
-            g_mask = g_mask & (plane[:, None] + unit_plane[None, :] < unit_size[0])
-        if OVERHANG_H:
-            g_mask = g_mask & (row[:, None] + unit_row[None, :] < unit_size[1])
-        if OVERHANG_W:
-            g_mask = g_mask & (column[:, None] + unit_column[None, :] < unit_size[2])
+        g_mask = below_ends(
+            g_mask,
+            plane[:, None] + unit_plane[None, :],
+            row[:, None] + unit_row[None, :],
+            column[:, None] + unit_column[None, :],
+            unit_size,
+            OVERHANG_D,
+            OVERHANG_H,
+            OVERHANG_W,
+        )
         plane -= LEAD_D
         row -= LEAD_H
         column -= LEAD_W
@@ -225,10 +229,10 @@ def group_diagonals_kernel(
     for start in range(0, splits * PIXELS, BLOCK_S):
         part = start + tl.arange(0, BLOCK_S)
         j = part % PIXELS
-        d = (j // (RUN_W * RUN_H))[:, None] + (t * DILATION_D)[None, :]
-        h = ((j // RUN_W) % RUN_H)[:, None] + (r * DILATION_H)[None, :]
-        w = (j % RUN_W)[:, None] + (s * DILATION_W)[None, :]
-        place = (d // HOP_D * WINDOW_H + h // HOP_H) * WINDOW_W + w
+        place = place_between(
+            j, t, r, s, DILATION_D, DILATION_H, DILATION_W,
+            RUN_H, RUN_W, WINDOW_H, WINDOW_W, HOP_D, HOP_H,
+        )  # fmt: skip
         n = (j * FILTERS)[:, None] + q[None, :]
         place = n * DEPTH + place * CHANNELS + c[None, :]
         base = (part // PIXELS).to(tl.int64)[:, None] * BLOCKS + block[None, :]
@@ -236,6 +240,6 @@ def group_diagonals_kernel(
         offsets = base * (BLOCK_N * DEPTH) + place
         total += tl.load(partial_ptr + offsets, mask=taken, other=0.0)
     offsets = o * w_strides[0] + i * w_strides[1]
-    offsets += t * w_strides[2] + r * w_strides[3] + s * w_strides[4]
+    offsets += tap_offset(w_strides, t, r, s)
     result = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets, result, mask=wanted)

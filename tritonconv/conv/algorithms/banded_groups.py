@@ -31,7 +31,7 @@ class BandedGroups(Algorithm):
         "banded_group_products",
         "banded_group_spaces",
         "banded_group_weights",
-        "banded_products",
+        "banded_windows",
         "common",
     )
 

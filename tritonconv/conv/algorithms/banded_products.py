@@ -14,28 +14,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .banded_windows import (
+    add_tap,
+    below_ends,
+    distances,
+    in_half_vectors,
+    on_taps,
+    window_step,
+    within,
+)
 from .common import matmul_step, store_result, widen, widen_all
-
-
-@triton.jit
-def within(index, size):
-    """0 <= index < size, in one comparison."""
-    return index.to(tl.uint32) < size * tl.full((), 1, tl.uint32)
 
 
 @triton.jit
 def widen_three(strides):
     """Strides of (image, plane, row) as int64, so that every product with them is."""
     return widen(strides[0]), widen(strides[1]), widen(strides[2])
-
-
-@triton.jit
-def in_half_vectors(index, END: tl.constexpr):
-    """A mask that never fails and differs every 8 bytes as far as the compiler knows.
-
-    It copies 16 bytes past the L1 cache and 8 bytes through it.
-    """
-    return index // 4 < END // 4
 
 
 @triton.jit
@@ -116,24 +110,20 @@ def band_weight_kernel(
     e = (index // BLOCK_N) % DEPTH
     line = index // (BLOCK_N * DEPTH)
     j = n // FILTERS
-    # Distances in pixels from the unit's pixel: exact multiples of the dilation where a tap is.
-    d = (line // WINDOW_H) * HOP_D - j // (RUN_W * RUN_H)
-    h = (line % WINDOW_H) * HOP_H - (j // RUN_W) % RUN_H
-    w = e // CHANNELS - j % RUN_W
+    d, h, w = distances(j, line, e, CHANNELS, RUN_H, RUN_W, WINDOW_H, HOP_D, HOP_H)
     t = d // DILATION_D
     r = h // DILATION_H
     s = w // DILATION_W
     taken = (n < COLUMNS) & (index < elements)
-    taken = taken & (d >= 0) & (d % DILATION_D == 0) & (t < KERNEL_D)
-    taken = taken & (h >= 0) & (h % DILATION_H == 0) & (r < KERNEL_H)
-    taken = taken & (w >= 0) & (w % DILATION_W == 0) & (s < KERNEL_W)
+    taken = on_taps(
+        taken, (d, h, w), (t, r, s),
+        KERNEL_D, KERNEL_H, KERNEL_W, DILATION_D, DILATION_H, DILATION_W,
+    )  # fmt: skip
     if FLIPPED:
         offsets = (e % CHANNELS) * w_strides[0] + (n % FILTERS) * w_strides[1]
-        offsets += (KERNEL_D - 1 - t) * w_strides[2] + (KERNEL_H - 1 - r) * w_strides[3]
-        offsets += (KERNEL_W - 1 - s) * w_strides[4]
     else:
         offsets = (n % FILTERS) * w_strides[0] + (e % CHANNELS) * w_strides[1]
-        offsets += t * w_strides[2] + r * w_strides[3] + s * w_strides[4]
+    offsets = add_tap(offsets, w_strides, t, r, s, KERNEL_D, KERNEL_H, KERNEL_W, FLIPPED)
     weight = tl.load(w_ptr + offsets, mask=taken, other=0.0)
     tl.store(band_ptr + index, weight, mask=index < elements)
 
@@ -209,18 +199,7 @@ def banded_product_kernel(
     band = band_ptr + (k[:, None] * BLOCK_N + n[None, :])
     acc = tl.zeros((UNITS_H * UNITS_W, BLOCK_N), tl.float32)
     for step in range(WINDOW_D * WINDOW_H * CHUNKS):
-        if CHUNKS == 1:
-            line = step
-            e = k
-        else:
-            line = step // CHUNKS
-            e = (step % CHUNKS) * BLOCK_K + k
-        if WINDOW_D == 1:
-            d = 0
-            h = line * HOP_H
-        else:
-            d = (line // WINDOW_H) * HOP_D
-            h = (line % WINDOW_H) * HOP_H
+        d, h, e = window_step(step, k, CHUNKS, BLOCK_K, WINDOW_D, WINDOW_H, HOP_D, HOP_H)
         shift = base + (d * source_strides[1] + h * source_strides[2]) * SOURCE_ALIGN
         offsets = (shift + units)[:, None] + e[None, :]
         if CHECK_D or CHECK_H or CHECK_W or LINE % BLOCK_K != 0 or CACHED:
@@ -256,12 +235,9 @@ def banded_product_kernel(
     mask = tl.full((UNITS_H * UNITS_W, BLOCK_N), 1, tl.int1)
     if COLUMNS != BLOCK_N:
         mask = mask & (n < COLUMNS)[None, :]
-    if OVERHANG_D:
-        mask = mask & (out_plane < unit_size[0])
-    if OVERHANG_H:
-        mask = mask & (out_row < unit_size[1])
-    if OVERHANG_W:
-        mask = mask & (out_column < unit_size[2])
+    mask = below_ends(
+        mask, out_plane, out_row, out_column, unit_size, OVERHANG_D, OVERHANG_H, OVERHANG_W
+    )
     out_base = (image * unit_strides[0] + plane * unit_strides[1]) * UNIT_ALIGN
     out_rows = rows * unit_strides[2] * UNIT_ALIGN + columns * FILTERS
     store_result(

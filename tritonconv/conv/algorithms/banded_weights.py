@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .banded_products import in_half_vectors, unit_columns, unit_tile, widen_three, within
+from .banded_products import unit_columns, unit_tile, widen_three
+from .banded_windows import add_tap, in_half_vectors, place_between, within
 from .common import matmul_step, widen, widen_all
 
 
@@ -191,10 +192,10 @@ def diagonal_sum_kernel(
     for start in range(0, splits * PIXELS, BLOCK_S):
         part = start + tl.arange(0, BLOCK_S)
         j = part % PIXELS
-        d = (j // (RUN_W * RUN_H))[:, None] + (t * DILATION_D)[None, :]
-        h = ((j // RUN_W) % RUN_H)[:, None] + (r * DILATION_H)[None, :]
-        w = (j % RUN_W)[:, None] + (s * DILATION_W)[None, :]
-        place = (d // HOP_D * WINDOW_H + h // HOP_H) * WINDOW_W + w
+        place = place_between(
+            j, t, r, s, DILATION_D, DILATION_H, DILATION_W,
+            RUN_H, RUN_W, WINDOW_H, WINDOW_W, HOP_D, HOP_H,
+        )  # fmt: skip
         n = (j * FILTERS)[:, None] + q[None, :]
         place = n * DEPTH + place * CHANNELS + c[None, :]
         base = (part // PIXELS).to(tl.int64) * (BLOCK_N * DEPTH)
@@ -202,10 +203,8 @@ def diagonal_sum_kernel(
         total += tl.load(partial_ptr + base[:, None] + place, mask=taken, other=0.0)
     if FLIPPED:
         offsets = c * w_strides[0] + q * w_strides[1]
-        offsets += (KERNEL_D - 1 - t) * w_strides[2] + (KERNEL_H - 1 - r) * w_strides[3]
-        offsets += (KERNEL_W - 1 - s) * w_strides[4]
     else:
         offsets = q * w_strides[0] + c * w_strides[1]
-        offsets += t * w_strides[2] + r * w_strides[3] + s * w_strides[4]
+    offsets = add_tap(offsets, w_strides, t, r, s, KERNEL_D, KERNEL_H, KERNEL_W, FLIPPED)
     result = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets, result, mask=wanted)

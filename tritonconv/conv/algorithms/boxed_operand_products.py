@@ -20,10 +20,10 @@ from ...runtime.compat import interpreting
 from ...runtime.plan import Boxes, KernelCall, LaunchPlan, Slot
 from ..epilogue import COORDINATES
 from ..problem import ConvProblem, Direction, EpilogueSpec
-from .boxed_products import meeting, shape_of
+from .boxed_products import box_products, flat_pixel, shape_of
 from .boxed_products import product_plan as plain_plan
 from .boxed_views import axes_of, pixel_boxes
-from .common import grouped_tile, matmul_step, position, slot_dtypes, widen, widen_all
+from .common import grouped_tile, position, slot_dtypes, widen_all
 
 LATE, EARLY, ENGINE, AHEAD = range(4)
 """When and how the operand is read: behind the product; before it, into registers; behind it by
@@ -140,33 +140,11 @@ def boxed_operand_kernel(
         )  # fmt: skip
         operand = tl.load(operand_ptr + offsets, mask=mask, other=0.0)
 
-    t0, t_count = meeting(plane0 + FIRST_D, source_size[0], KERNEL_D, HOP_D, FIRST_D, BOX_D)
-    r0, r_count = meeting(row0 + FIRST_H, source_size[1], KERNEL_H, HOP_H, FIRST_H, BOX_H)
-    s0, s_count = meeting(column0 + FIRST_W, source_size[2], KERNEL_W, HOP_W, FIRST_W, BOX_W)
-    taps = t_count * r_count * s_count
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(0, taps * tl.cdiv(DEPTH, BLOCK_K)):
-        k = step // taps * BLOCK_K
-        tap = step % taps
-        s = s0 + tap % s_count
-        r = r0 + tap // s_count % r_count
-        t = t0 + tap // (s_count * r_count)
-        tap = (t * KERNEL_H + r) * KERNEL_W + s
-        pixels = source.load(
-            [
-                image0,
-                plane0 + (t * HOP_D + FIRST_D),
-                row0 + (r * HOP_H + FIRST_H),
-                column0 + (s * HOP_W + FIRST_W),
-                k,
-            ]
-        ).reshape(BLOCK_M, BLOCK_K)
-        if ADJOINT:
-            # The weight's rows are what is summed over.
-            filters = tl.trans(weight.load([tap, k, n0]).reshape(BLOCK_K, BLOCK_N))
-        else:
-            filters = weight.load([tap, n0, k]).reshape(BLOCK_N, BLOCK_K)
-        acc = matmul_step(filters, tl.trans(pixels), acc, PRECISION, UPCAST)
+    acc = box_products(
+        source, weight, image0, plane0, row0, column0, n0, 0, source_size, DEPTH,
+        KERNEL_D, KERNEL_H, KERNEL_W, HOP_D, HOP_H, HOP_W, FIRST_D, FIRST_H, FIRST_W,
+        ADJOINT, 1, PRECISION, UPCAST, BOX_N, BOX_D, BOX_H, BOX_W, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
     if FETCH != 1:
         offsets, mask, image, plane, row, column = tile_offsets(
@@ -185,10 +163,7 @@ def boxed_operand_kernel(
     if FETCH == 0:
         operand = tl.load(operand_ptr + offsets, mask=mask, other=0.0)
     if MERGED:
-        flat = column + size[2] * (row + size[1] * (plane + size[0] * image))
-        if WIDE:
-            planes = plane + widen(size[0]) * image
-            flat = column + widen(size[2]) * (row + widen(size[1]) * planes)
+        flat = flat_pixel(image, plane, row, column, size, WIDE)
         image, plane, row, column = position(flat, map_size)
     other = widened(operand)
     if VECTOR < 0:

@@ -77,6 +77,86 @@ def meeting(
 
 
 @triton.jit
+def box_products(
+    source,
+    weight,
+    image0,
+    plane0,
+    row0,
+    column0,
+    n0,
+    split,
+    source_size,
+    DEPTH: tl.constexpr,
+    KERNEL_D: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    HOP_D: tl.constexpr,
+    HOP_H: tl.constexpr,
+    HOP_W: tl.constexpr,
+    FIRST_D: tl.constexpr,
+    FIRST_H: tl.constexpr,
+    FIRST_W: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_D: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The sums (columns, pixels) of a tile, or of one of SPLITS parts, over channels and taps.
+
+    Taps that leave the map for all of the box are left out.
+
+    Columns are the rows of a tile and pixels its columns: a left operand that is reshaped would
+    pass registers, which Triton 3.6 overwrites while products still read them.
+    """
+    BLOCK_M: tl.constexpr = BOX_N * BOX_D * BOX_H * BOX_W
+    t0, t_count = meeting(plane0 + FIRST_D, source_size[0], KERNEL_D, HOP_D, FIRST_D, BOX_D)
+    r0, r_count = meeting(row0 + FIRST_H, source_size[1], KERNEL_H, HOP_H, FIRST_H, BOX_H)
+    s0, s_count = meeting(column0 + FIRST_W, source_size[2], KERNEL_W, HOP_W, FIRST_W, BOX_W)
+    taps = t_count * r_count * s_count
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    first, last = split_range(taps * tl.cdiv(DEPTH, BLOCK_K), split, SPLITS)
+    for step in range(first, last):
+        k = step // taps * BLOCK_K
+        tap = step % taps
+        s = s0 + tap % s_count
+        r = r0 + tap // s_count % r_count
+        t = t0 + tap // (s_count * r_count)
+        tap = (t * KERNEL_H + r) * KERNEL_W + s
+        pixels = source.load(
+            [
+                image0,
+                plane0 + (t * HOP_D + FIRST_D),
+                row0 + (r * HOP_H + FIRST_H),
+                column0 + (s * HOP_W + FIRST_W),
+                k,
+            ]
+        ).reshape(BLOCK_M, BLOCK_K)
+        if ADJOINT:
+            # The weight's rows are what is summed over.
+            filters = tl.trans(weight.load([tap, k, n0]).reshape(BLOCK_K, BLOCK_N))
+        else:
+            filters = weight.load([tap, n0, k]).reshape(BLOCK_N, BLOCK_K)
+        acc = matmul_step(filters, tl.trans(pixels), acc, PRECISION, UPCAST)
+    return acc
+
+
+@triton.jit
+def flat_pixel(image, plane, row, column, size, WIDE: tl.constexpr):
+    """The number of a pixel in a batch of maps."""
+    flat = column + size[2] * (row + size[1] * (plane + size[0] * image))
+    if WIDE:
+        flat = column + widen(size[2]) * (row + widen(size[1]) * (plane + widen(size[0]) * image))
+    return flat
+
+
+@triton.jit
 def boxed_product_kernel(
     source,
     weight,
@@ -119,11 +199,8 @@ def boxed_product_kernel(
     """result[p, m] = Σ_{tap,k} source[p + first + tap·hop, k] · weight[tap, (m, k) or (k, m)].
 
     ``size`` holds planes, rows and columns, all axes merged where the filter allows, ``map_size``
-    those of the result. Taps that leave the map for all of a box are left out. With SPLITS every
-    part of the sum goes to ``y_ptr[split, pixel, column]`` in float32.
-
-    Columns are the rows of a tile and pixels its columns: a left operand that is reshaped would
-    pass registers, which Triton 3.6 overwrites while products still read them.
+    those of the result. With SPLITS every part of the sum goes to ``y_ptr[split, pixel, column]``
+    in float32.
     """
     BLOCK_M: tl.constexpr = BOX_N * BOX_D * BOX_H * BOX_W
     boxes = (tl.cdiv(size[0], BOX_D), tl.cdiv(size[1], BOX_H), tl.cdiv(size[2], BOX_W))
@@ -136,35 +213,12 @@ def boxed_product_kernel(
     column0 *= BOX_W
     n0 = tile_n * BLOCK_N
 
-    t0, t_count = meeting(plane0 + FIRST_D, source_size[0], KERNEL_D, HOP_D, FIRST_D, BOX_D)
-    r0, r_count = meeting(row0 + FIRST_H, source_size[1], KERNEL_H, HOP_H, FIRST_H, BOX_H)
-    s0, s_count = meeting(column0 + FIRST_W, source_size[2], KERNEL_W, HOP_W, FIRST_W, BOX_W)
-    taps = t_count * r_count * s_count
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     split = tl.program_id(1)
-    first, last = split_range(taps * tl.cdiv(DEPTH, BLOCK_K), split, SPLITS)
-    for step in range(first, last):
-        k = step // taps * BLOCK_K
-        tap = step % taps
-        s = s0 + tap % s_count
-        r = r0 + tap // s_count % r_count
-        t = t0 + tap // (s_count * r_count)
-        tap = (t * KERNEL_H + r) * KERNEL_W + s
-        pixels = source.load(
-            [
-                image0,
-                plane0 + (t * HOP_D + FIRST_D),
-                row0 + (r * HOP_H + FIRST_H),
-                column0 + (s * HOP_W + FIRST_W),
-                k,
-            ]
-        ).reshape(BLOCK_M, BLOCK_K)
-        if ADJOINT:
-            # The weight's rows are what is summed over.
-            filters = tl.trans(weight.load([tap, k, n0]).reshape(BLOCK_K, BLOCK_N))
-        else:
-            filters = weight.load([tap, n0, k]).reshape(BLOCK_N, BLOCK_K)
-        acc = matmul_step(filters, tl.trans(pixels), acc, PRECISION, UPCAST)
+    acc = box_products(
+        source, weight, image0, plane0, row0, column0, n0, split, source_size, DEPTH,
+        KERNEL_D, KERNEL_H, KERNEL_W, HOP_D, HOP_H, HOP_W, FIRST_D, FIRST_H, FIRST_W,
+        ADJOINT, SPLITS, PRECISION, UPCAST, BOX_N, BOX_D, BOX_H, BOX_W, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
     m = tl.arange(0, BLOCK_M)[None, :]
     n = (n0 + tl.arange(0, BLOCK_N))[:, None]
@@ -178,9 +232,7 @@ def boxed_product_kernel(
     if WIDE:
         strides = widen_all(strides)
         images = widen(images)
-    flat = column + size[2] * (row + size[1] * (plane + size[0] * image))
-    if WIDE:
-        flat = column + widen(size[2]) * (row + widen(size[1]) * (plane + widen(size[0]) * image))
+    flat = flat_pixel(image, plane, row, column, size, WIDE)
     if SPLITS > 1:
         pixels_of_all = images * (size[0] * size[1] * size[2])
         offsets = (split.to(tl.int64) * pixels_of_all + flat) * COLUMNS + n

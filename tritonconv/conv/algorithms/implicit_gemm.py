@@ -16,6 +16,7 @@ from .product_forward import forward_plan
 from .product_wgrad import reduction_call, wgrad_plan
 
 PRODUCT_SOURCES = (
+    "../../runtime/last_arrival",
     "common",
     "implicit_gemm",
     "product_dgrad",

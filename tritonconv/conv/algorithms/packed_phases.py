@@ -34,7 +34,7 @@ class PackedPhases(Algorithm):
     name: ClassVar[str] = "packed_phases"
     config_type = PackedConfig
     sources = (
-        "banded_products",
+        "banded_windows",
         "common",
         "packed_geometry",
         "packed_products",

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from ..problem import ConvProblem
-from .banded_products import in_half_vectors, within
+from .banded_windows import in_half_vectors, within
 from .common import (
     epilogue_arguments,
     lifted,

@@ -10,6 +10,7 @@ import math
 import triton
 import triton.language as tl
 
+from ...runtime.last_arrival import last_to_arrive
 from ...runtime.plan import KernelCall, LaunchPlan, Slot
 from ..problem import ConvProblem
 from .common import (
@@ -32,7 +33,6 @@ from .split import (
     SplitSum,
     add_parts,
     finished,
-    last_to_arrive,
     split_range,
     store_part,
     store_partial,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...runtime.last_arrival import last_to_arrive
 from ...runtime.plan import KernelCall, LaunchPlan, Slot
 from ..problem import ConvProblem
 from .common import (
@@ -31,7 +32,6 @@ from .split import (
     SplitSum,
     add_parts,
     finished,
-    last_to_arrive,
     split_range,
     store_part,
     store_partial,

@@ -69,20 +69,6 @@ def store_part(acc, parts_ptr, tile, split, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def last_to_arrive(counter_ptr, parts):
-    """Whether all ``parts`` programs have arrived at a counter; the last one sets it to zero.
-
-    What the others stored before they arrived is visible to the last one, wherever it is loaded
-    past the L1 cache.
-    """
-    # All threads of this program have stored before one of them counts it in.
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1
-    tl.store(counter_ptr, 0, mask=last)
-    return last
-
-
-@triton.jit
 def add_parts(parts_ptr, tile, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum of what :func:`store_part` wrote for a tile, in the order of the parts."""
     base = parts_ptr + tile.to(tl.int64) * (SPLITS * ROWS * COLUMNS)
