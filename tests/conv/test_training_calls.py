@@ -1,4 +1,4 @@
-"""Prepared calls with gradients compute what first calls and PyTorch compute, in every situation."""
+"""Prepared calls with gradients compute what first calls and PyTorch compute, always."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import tritonconv as tc
-from tritonconv.conv import calls, dispatch, ops, prepared_products, training_calls
-from tritonconv.runtime import recording, tables
+from tritonconv.conv import dispatch, prepared_products
+from tritonconv.runtime import tables
 
 pytestmark = pytest.mark.interpreter
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -25,9 +25,9 @@ def _chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(
             dispatch.ConvOperator, "default_algorithm", lambda self, problem, facts: dispatch.ATEN
         )
-    recording.advance()
+    tables.invalidate()
     yield
-    recording.advance()
+    tables.invalidate()
 
 
 BOTH_CHOICES = pytest.mark.usefixtures("_chosen")
@@ -85,9 +85,7 @@ def test_later_calls_equal_pytorchs_and_the_operators(
         y = function(x, w, precision="ieee", **kwargs)
         found.append((y, *torch.autograd.grad(y, (x, w), cotangent)))
         assert_same(found[-1], (expected, *wanted))
-    with torch.utils._python_dispatch._disable_current_modes(), tc.settings.override():
-        products = type(y.grad_fn).__name__
-    assert "_Product" in products
+    assert "_Product" in type(y.grad_fn).__name__
     # By the operators, as a call with a forward-mode level takes them.
     with torch.autograd.forward_ad.dual_level():
         y = function(x, w, precision="ieee", **kwargs)
@@ -95,8 +93,9 @@ def test_later_calls_equal_pytorchs_and_the_operators(
         generic = (y, *torch.autograd.grad(y, (x, w), cotangent))
     for result in found:
         for got, want in zip(result, generic, strict=True):
-            assert torch.equal(got, want) or case.startswith("strided")
-            assert got.stride() == want.stride()
+            assert torch.equal(got, want)
+            hops = zip(got.shape, got.stride(), want.stride(), strict=True)
+            assert all(size == 1 or a == b for size, a, b in hops)
 
 
 @BOTH_CHOICES
@@ -128,9 +127,11 @@ def test_checkpoints(case: str, reentrant: bool, device: torch.device) -> None:
     wanted = torch.autograd.grad(theirs(name, x, w, **kwargs).sum(), (x, w))
     for _ in range(2):  # the first run records the first call of its kind
         x.grad = w.grad = None
-        y = checkpoint(
-            lambda x: function(x, w, precision="ieee", **kwargs), x, use_reentrant=reentrant
-        )
+
+        def layer(x: Tensor) -> Tensor:
+            return function(x, w, precision="ieee", **kwargs)  # type: ignore[no-any-return]
+
+        y = checkpoint(layer, x, use_reentrant=reentrant)
         y.sum().backward()
         assert_same((x.grad, w.grad), wanted)
 
@@ -229,7 +230,7 @@ def test_both_gradients_are_one_call_of_pytorchs(
     monkeypatch.setattr(
         dispatch.ConvOperator, "default_algorithm", lambda self, problem, facts: dispatch.ATEN
     )
-    recording.advance()
+    tables.invalidate()
     masks: list[list[bool]] = []
     real = prepared_products._convolution_backward
 
@@ -243,9 +244,4 @@ def test_both_gradients_are_one_call_of_pytorchs(
         for _ in range(2):
             torch.autograd.grad(tc.conv2d(x, w).square().sum(), (x, w))
     assert masks == [[True, True, False]] * 4
-    recording.advance()
-
-
-def test_modules_for_imports() -> None:
-    assert calls.prepared_products is training_calls.prepared_products
-    assert ops.wgrad_problem is not None
+    tables.invalidate()

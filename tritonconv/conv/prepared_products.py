@@ -55,7 +55,7 @@ def prepared_product(
 
         def product(a: Tensor, b: Tensor) -> Tensor:
             named = {names[0]: a, names[1]: b}
-            return found.algorithm.compute(problem, named)  # type: ignore[attr-defined,no-any-return]
+            return found.algorithm.compute(problem, named)  # type: ignore[attr-defined]
 
     if not squeezed:
         return product

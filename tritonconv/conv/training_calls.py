@@ -70,7 +70,8 @@ class Products:
 
     def __call__(self, x: Tensor, w: Tensor) -> Tensor:
         """The product, differentiably."""
-        return _Product.run(self, x, w)  # type: ignore[no-any-return]
+        y: Tensor = _Product.run(self, x, w)
+        return y
 
     def gradients(
         self, grad: Tensor, x: Tensor | None, w: Tensor | None, need_x: bool, need_w: bool
@@ -158,7 +159,7 @@ class Products:
             return None
         if by_x is not None and by_w is not None and self._result is None and not self._squeezed:
             assert x is not None and w is not None
-            both = prepared_gradients(*asked, grad, x, w, padding)
+            both = prepared_gradients(asked[0], asked[1], grad, x, w, padding)
         found = both or self._one_by_one(by_x, by_w)
         if len(self._prepared) >= _MAX_KINDS:
             self._prepared.clear()
