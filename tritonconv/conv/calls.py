@@ -25,6 +25,7 @@ from .epilogue import (
     static_identity,
 )
 from .problem import output_size
+from .training_calls import Products, prepared_products
 
 Tensor = torch.Tensor
 
@@ -76,6 +77,7 @@ def convolve(
         x = x.unsqueeze(0)
     arguments.check_tensors(x, w, bias, rank)
     x, w, bias = arguments.autocast(x, w, bias)
+    given = x, w
     arguments.check_operands(x, w, bias, rank, groups, output_padding is not None)
     strides = arguments.ints(stride, rank, "stride", 1)
     dilations = arguments.ints(dilation, rank, "dilation", 1)
@@ -93,6 +95,11 @@ def convolve(
         size, strides, pads, dilations = [1, *size], [1, *strides], [0, 0, *pads], [1, *dilations]
     geometry = (strides, pads, dilations, groups, precision)
     result = None if output_padding is None else size
+    if key is not None and epilogue is None and bias is None and not unbatched:
+        # The first call too: what is saved for backward is alike in a checkpoint's second run.
+        products = _remember_products(key, rank, x, w, result, geometry)
+        if products is not None:
+            return products(*given)
     if epilogue is None and bias is None:
         y, function = _product(x, w, result, geometry), None
     else:
@@ -194,6 +201,29 @@ _PREPARED: dict[Any, PreparedCall] = {}
 _MAX_PREPARED = 4096
 
 
+def _remember_products(
+    key: Any,
+    rank: int,
+    x: Tensor,
+    w: Tensor,
+    result: list[int] | None,
+    geometry: tuple[Any, ...],
+) -> Products | None:
+    """Prepare a call with gradients; None where there are none, or operators are to compute it."""
+    if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
+        return None
+    products = prepared_products(x, w, geometry, result, squeezed=rank == 1)
+    if products is not None:
+        _store(key, PreparedCall(rank, result, geometry, None, products, products.epoch))
+    return products
+
+
+def _store(key: Any, call: PreparedCall) -> None:
+    if len(_PREPARED) >= _MAX_PREPARED:
+        _PREPARED.clear()
+    _PREPARED[key] = call
+
+
 def _remember(
     key: Any,
     rank: int,
@@ -217,9 +247,7 @@ def _remember(
         )
     if not final:
         return
-    if len(_PREPARED) >= _MAX_PREPARED:
-        _PREPARED.clear()
-    _PREPARED[key] = PreparedCall(rank, result, geometry, function, forward, tables.epoch())
+    _store(key, PreparedCall(rank, result, geometry, function, forward, tables.epoch()))
 
 
 @dataclass(frozen=True)
@@ -233,7 +261,8 @@ class PreparedCall:
         result: spatial extent of a transposed convolution's result, else None.
         geometry: stride, padding, dilation, groups, precision as the operators take them.
         function: key of the epilogue's program, or None for the bare product.
-        forward: the kernel launch of a call without gradients, where one is prepared.
+        forward: the whole call, where one is prepared: a kernel launch, or with gradients what
+            records them too.
         epoch: the state of tables and settings that this holds for.
     """
 

@@ -173,6 +173,16 @@ def dgrad_problem(
     return _gradient_problem(Direction.DGRAD, (shape, strides), weight, grad, *geometry)
 
 
+def wgrad_problem(
+    grad: Tensor, x: Tensor, kernel: Sequence[int], geometry: tuple[Any, ...]
+) -> ConvProblem:
+    """The weight's gradient product of these tensors as a problem."""
+    shape = (grad.shape[1], x.shape[1] // geometry[3], *kernel)
+    strides = dense_strides(shape, is_channels_last(x))
+    given = (tuple(x.shape), tuple(x.stride()))
+    return _gradient_problem(Direction.WGRAD, given, (shape, strides), grad, *geometry)
+
+
 def _conv(
     x: Tensor,
     w: Tensor,

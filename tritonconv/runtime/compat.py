@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -229,31 +229,53 @@ def tf32_allowed() -> bool:
 _CUDNN_LOCK = threading.RLock()
 
 
-@contextmanager
-def cudnn_settings(*, allow_tf32: bool | None, deterministic: bool) -> Iterator[None]:
+class _CudnnOrder:
+    """PyTorch's convolutions with sums in a fixed order where that is demanded.
+
+    A generator would cost the host more than all of its work.
+    """
+
+    __slots__ = ("_demand", "_deterministic")
+
+    def __init__(self, deterministic: bool) -> None:
+        self._deterministic = deterministic
+        self._demand = False
+
+    def __enter__(self) -> None:
+        _CUDNN_LOCK.acquire()
+        if self._deterministic and not torch._C._get_cudnn_deterministic():
+            self._demand = True
+            torch._C._set_cudnn_deterministic(True)
+
+    def __exit__(self, *raised: object) -> None:
+        if self._demand:
+            torch._C._set_cudnn_deterministic(False)
+        _CUDNN_LOCK.release()
+
+
+def cudnn_settings(*, allow_tf32: bool | None, deterministic: bool) -> AbstractContextManager[None]:
     """cuDNN with these settings; they are PyTorch's globals, so threads take turns.
 
     Args:
         allow_tf32: for float32 products; None where there are none, which leaves it alone.
         deterministic: demand sums in a fixed order (never lifts the user's own demand).
     """
+    if allow_tf32 is None:  # reading the setting costs more than a launch may
+        return _CudnnOrder(deterministic)
+    return _cudnn_precision("tf32" if allow_tf32 else "ieee", deterministic)
+
+
+@contextmanager
+def _cudnn_precision(wanted: str, deterministic: bool) -> Iterator[None]:
     backend: Any = torch.backends.cudnn  # the stubs do not know its settings by operator
-    with _CUDNN_LOCK:
-        demand = deterministic and not torch._C._get_cudnn_deterministic()
-        precision = wanted = ""
-        if allow_tf32 is not None:  # reading the setting costs more than a launch may
-            precision = backend.conv.fp32_precision
-            wanted = "tf32" if allow_tf32 else "ieee"
+    with _CudnnOrder(deterministic):
+        precision = backend.conv.fp32_precision
         change = wanted != precision and (precision, wanted) != ("none", "ieee")
         if change:
             backend.conv.fp32_precision = wanted
-        if demand:
-            torch._C._set_cudnn_deterministic(True)
         try:
             yield
         finally:
-            if demand:
-                torch._C._set_cudnn_deterministic(False)
             if change:
                 # What was read may be inherited from a wider setting: it must stay inherited, or
                 # a later change of that setting would not reach convolutions any more.
