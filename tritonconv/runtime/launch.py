@@ -230,9 +230,9 @@ class Executable:
     def __call__(self, *tensors: torch.Tensor) -> None:
         """Run the plan; outputs are written in place."""
         device = tensors[0].device
-        if self._fast is not None and not self.zeroed:
-            if self.at([tensor.data_ptr() for tensor in tensors], device):
-                return
+        ready = self._fast is not None and not self.zeroed
+        if ready and self.at([tensor.data_ptr() for tensor in tensors], device):
+            return
         held: Sequence[torch.Tensor] = tensors
         if self.workspaces or self.zeroed:
             held = list(tensors)
