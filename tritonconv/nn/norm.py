@@ -10,9 +10,7 @@ import torch
 
 from ..conv.fused_input_ops import apply_elementwise
 from ..conv.prologue import bind_prologue
-from ..norm.activation import activation_key
 from ..norm.api import normalise
-from ..norm.reference import wide_dtype
 
 Tensor = torch.Tensor
 Scalar = Callable[..., Any]
@@ -41,30 +39,50 @@ class Activated(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise, add ``residual`` if there is one, activate."""
         self._check_input_dim(input)
-        batch = self.training or (self.running_mean is None and self.running_var is None)
-        moving = self.training and self.track_running_stats
-        reads = moving or not batch
-        activation = self.activation
-        key: str | None = ""
-        if activation is not None:
-            key = activation_key(activation, wide_dtype(input.dtype))
+        training = self.training
+        parameters, buffers = self._parameters, self._buffers
+        try:  # past Module.__getattr__, which looks into three dictionaries for each of them
+            weight, bias = parameters["weight"], parameters["bias"]
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            tracked = buffers["num_batches_tracked"]
+        except KeyError:  # parametrized, pruned, replaced
+            weight, bias = self.weight, self.bias
+            mean, var = self.running_mean, self.running_var
+            tracked = self.num_batches_tracked
+        batch = training or (mean is None and var is None)
+        moving = training and self.track_running_stats
+        if batch and not moving:
+            mean = var = None
         y = normalise(
             input,
-            self.running_mean if reads else None,
-            self.running_var if reads else None,
-            self.weight,
-            self.bias,
+            mean,
+            var,
+            weight,
+            bias,
             batch,
             self.momentum,
             self.eps,
-            self.num_batches_tracked if moving else None,
-            key or "",
+            tracked if moving else None,
+            self.activation,
             residual,
-            check=True,
         )
-        if key is None:  # what reads tensors or coordinates takes a launch of its own
-            assert activation is not None
-            return _activated(activation, y)
+        if y is None:  # what reads tensors or coordinates takes a launch of its own
+            assert self.activation is not None
+            y = normalise(
+                input,
+                mean,
+                var,
+                weight,
+                bias,
+                batch,
+                self.momentum,
+                self.eps,
+                tracked if moving else None,
+                None,
+                residual,
+            )
+            assert y is not None
+            return _activated(self.activation, y)
         return y
 
     def extra_repr(self) -> str:

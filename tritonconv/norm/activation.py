@@ -42,10 +42,10 @@ def derivative_of(key: str) -> ScalarFunction:
     return derivative.with_roles(**{cotangent: Role.VALUE})
 
 
-def _never_changes(fn: Any) -> Any:
+def never_changes(fn: Any) -> Any:
     """What identifies a function of PyTorch's own, which does tomorrow what it does today."""
     if isinstance(fn, functools.partial):
-        inner = _never_changes(fn.func)
+        inner = never_changes(fn.func)
         settings = (fn.args, tuple(sorted(fn.keywords.items())))
         plain = all(isinstance(v, (int, float, str)) for v in (*fn.args, *fn.keywords.values()))
         return (inner, settings) if inner is not None and plain else None
@@ -74,7 +74,7 @@ def activation_key(fn: Scalar | None, dtype: torch.dtype) -> str | None:
     """
     if fn is None:
         return ""
-    identity = _never_changes(fn)
+    identity = never_changes(fn)
     if identity is not None and (identity, dtype) in _KEYS:
         return _KEYS[identity, dtype]
     if not callable(fn):
@@ -100,4 +100,4 @@ def _asks_for_more(fn: Scalar) -> bool:
     return any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
 
 
-__all__ = ["activation_key", "derivative_of", "program_of"]
+__all__ = ["activation_key", "derivative_of", "never_changes", "program_of"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..runtime.errors import bad_type, bad_value
+from . import calls
 from .activation import activation_key
 from .ops import BATCH_NORM_APPLY, BATCH_NORM_STATISTICS
 from .reference import wide_dtype
@@ -62,12 +63,7 @@ def batch_norm(
         >>> torch.allclose(y, plain, atol=1e-5)
         True
     """
-    _check(input, running_mean, running_var, weight, bias, training, residual)
-    key = activation_key(activation, wide_dtype(input.dtype))
-    if key is None:
-        expected = "a function of one number that reads no tensor and no coordinate"
-        raise bad_value("activation", expected, activation)
-    return normalise(
+    result = normalise(
         input,
         running_mean,
         running_var,
@@ -77,9 +73,13 @@ def batch_norm(
         momentum,
         eps,
         num_batches_tracked,
-        key,
+        activation,
         residual,
     )
+    if result is None:
+        expected = "a function of one number that reads no tensor and no coordinate"
+        raise bad_value("activation", expected, activation)
+    return result
 
 
 def normalise(
@@ -92,31 +92,98 @@ def normalise(
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
-    key: str,
+    activation: Callable[..., Any] | None,
     residual: Tensor | None,
-    check: bool = False,
+) -> Tensor | None:
+    """:func:`batch_norm`; None, and nothing ran, where these kernels cannot call the activation."""
+    key: Any = None
+    if not torch.compiler.is_compiling():
+        key = calls.call_key(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked,
+            activation,
+            residual,
+        )
+        step = None if key is None else calls.prepared(key)
+        if step is not None:
+            return step(
+                input, running_mean, running_var, num_batches_tracked, weight, bias, residual
+            )
+    _check(input, running_mean, running_var, weight, bias, training, residual)
+    function = activation_key(activation, wide_dtype(input.dtype))
+    if function is None:
+        return None
+    if running_mean is None:
+        num_batches_tracked = None
+    result = _with_operators(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked,
+        function,
+        residual,
+    )
+    if key is not None:
+        calls.prepare(
+            key,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked,
+            activation,
+            function,
+            residual,
+        )
+    return result
+
+
+def _with_operators(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    tracked: Tensor | None,
+    function: str,
+    residual: Tensor | None,
 ) -> Tensor:
-    """:func:`batch_norm` with the key of its activation; unchecked unless asked."""
-    if check:
-        _check(input, running_mean, running_var, weight, bias, training, residual)
     if residual is not None and residual.dtype is not input.dtype:
         residual = residual.to(input.dtype)
     if training:
-        if running_mean is None:
-            num_batches_tracked = None
-        if momentum is None and num_batches_tracked is None:
+        if momentum is None and tracked is None:
             momentum = 0.0
         mean, var = BATCH_NORM_STATISTICS(
             input.detach() if input.requires_grad else input,
             running_mean,
             running_var,
-            num_batches_tracked,
+            tracked,
             momentum,
         )
     else:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean, running_var
-    result: Tensor = BATCH_NORM_APPLY(input, mean, var, weight, bias, residual, key, eps, training)
+    arguments = (input, mean, var, weight, bias, residual, function, eps, training)
+    result: Tensor = BATCH_NORM_APPLY(*arguments)
     return result
 
 

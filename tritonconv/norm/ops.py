@@ -40,9 +40,32 @@ def _statistics(
     tracked: Tensor | None,
     momentum: float | None,
 ) -> tuple[Tensor, Tensor]:
-    refresh()
+    found = prepared_statistics(x, running_mean, running_var, tracked, momentum)
     if momentum is None and tracked is not None:
         tracked.add_(1)
+    if found.executable is None:
+        return _statistics_with_torch(x, running_mean, running_var, tracked, momentum)
+    (x,) = found.dense(x)  # type: ignore[assignment]
+    mean = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
+    var = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
+    changed = [t for t in (running_mean, running_var, tracked) if t is not None]
+    found.executable(x, mean, var, *changed)
+    torch.autograd.graph.increment_version(changed)
+    return mean, var
+
+
+def prepared_statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    momentum: float | None,
+) -> Prepared:
+    """The launch that computes the statistics of a map of this kind.
+
+    Tensors: input, mean, var, and those there are of running_mean, running_var and tracked.
+    """
+    refresh()
     running = (running_mean, running_var)
     key = (
         "statistics",
@@ -79,17 +102,7 @@ def _statistics(
             )
             found = Prepared(Executable(plan, tuple(names)), form, copied)
         PREPARED[key] = found
-    if found.executable is None:
-        return _statistics_with_torch(x, running_mean, running_var, tracked, momentum)
-    (x,) = found.dense(x)  # type: ignore[assignment]
-    mean = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
-    var = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
-    changed = [t for t in (running_mean, running_var, tracked) if t is not None]
-    found.executable(x, mean, var, *changed)
-    for t in changed:
-        if not t.is_inference():
-            torch.autograd.graph.increment_version(t)
-    return mean, var
+    return found
 
 
 def _statistics_with_torch(
@@ -153,6 +166,32 @@ def _apply(
     eps: float,
     batch: bool,
 ) -> Tensor:
+    found = prepared_apply(x, mean, var, weight, bias, residual, function, eps, batch)
+    if found.executable is None:
+        y = reference.normalise(x, mean, var, weight, bias, residual, function, eps)
+        return empty_like(x).copy_(y)
+    if True in found.copied:
+        x, residual = found.dense(x, residual)  # type: ignore[assignment]
+    y = torch.empty_like(x)
+    found.executable(x, y, mean, var, *[t for t in (weight, bias, residual) if t is not None])
+    return y
+
+
+def prepared_apply(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    function: str,
+    eps: float,
+    batch: bool,
+) -> Prepared:
+    """The launch that normalises a map of this kind.
+
+    Tensors: input, output, mean, var, and those there are of weight, bias and residual.
+    """
     refresh()
     key = (
         "apply",
@@ -181,14 +220,7 @@ def _apply(
             )
             found = Prepared(Executable(plan, tuple(names)), form, copied)
         PREPARED[key] = found
-    if found.executable is None:
-        y = reference.normalise(x, mean, var, weight, bias, residual, function, eps)
-        return empty_like(x).copy_(y)
-    if True in found.copied:
-        x, residual = found.dense(x, residual)  # type: ignore[assignment]
-    y = torch.empty_like(x)
-    found.executable(x, y, mean, var, *[t for t in (weight, bias, residual) if t is not None])
-    return y
+    return found
 
 
 def _apply_fake(x: Tensor, *others: Any) -> Tensor:
@@ -212,32 +244,38 @@ class _Apply(library.OpFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, mean, var, weight, bias, residual = ctx.saved_tensors
         need_x, _, _, *rest = ctx.needs_input_grad[:6]
         needed = [need_x, *rest]
-        through = None
-        if needed[3] and not ctx.function:
-            through, needed[3] = grad, False
-        results: list[Tensor | None] = [None] * 4
-        if any(needed):
-            found = BATCH_NORM_BACKWARD(
-                grad,
-                x,
-                mean,
-                var,
-                weight,
-                bias,
-                residual,
-                ctx.function,
-                ctx.eps,
-                ctx.batch,
-                needed,
-            )
-            computed = iter(found)
-            results = [next(computed) if wanted else None for wanted in needed]
-        if through is not None:
-            results[3] = through
+        results = gradients(grad, ctx.saved_tensors, ctx.function, ctx.eps, ctx.batch, needed)
         return (results[0], None, None, *results[1:], None, None, None)
+
+
+def gradients(
+    grad: Tensor,
+    read: Sequence[Tensor | None],
+    function: str,
+    eps: float,
+    batch: bool,
+    needed: list[bool],
+) -> list[Tensor | None]:
+    """Gradients of input, weight, bias and residual, those that are needed, differentiably.
+
+    Args:
+        grad: of the result.
+        read: input, mean, var, weight, bias, residual.
+        function, eps, batch: of the normalisation.
+        needed: of each of the four, whether it is.
+    """
+    through = None
+    if needed[3] and not function:
+        through, needed = grad, [*needed[:3], False]
+    results: list[Tensor | None] = [None] * 4
+    if any(needed):
+        computed = iter(BATCH_NORM_BACKWARD(grad, *read, function, eps, batch, needed))
+        results = [next(computed) if wanted else None for wanted in needed]
+    if through is not None:
+        results[3] = through
+    return results
 
 
 def _backward(
@@ -253,6 +291,47 @@ def _backward(
     batch: bool,
     needed: Sequence[bool],
 ) -> list[Tensor]:
+    found = prepared_backward(
+        grad, x, mean, var, weight, bias, residual, function, eps, batch, needed
+    )
+    if found.executable is None:
+        return _backward_with_torch(
+            grad, x, mean, var, weight, bias, residual, function, eps, batch, needed
+        )
+    if True in found.copied:
+        x, grad, residual = found.dense(x, grad, residual)  # type: ignore[assignment]
+    results = []
+    if needed[0]:
+        results.append(torch.empty_like(x))
+    for wanted, t in ((needed[1], weight), (needed[2], bias)):
+        if wanted:
+            assert t is not None
+            results.append(torch.empty_like(t))
+    if needed[3]:
+        results.append(torch.empty_like(x))
+    vectors = [t for t in (weight, bias, residual) if t is not None]
+    found.executable(x, grad, mean, var, *vectors, *results)
+    return results
+
+
+def prepared_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    function: str,
+    eps: float,
+    batch: bool,
+    needed: Sequence[bool],
+) -> Prepared:
+    """The launch that computes the gradients that are needed, for maps of this kind.
+
+    Tensors: input, grad, mean, var, those there are of weight, bias and residual, and the
+    gradients of input, weight, bias and residual that are needed.
+    """
     refresh()
     key = (
         "backward",
@@ -288,7 +367,6 @@ def _backward(
                 weight=weight,
                 bias=bias,
                 residual=residual,
-                sums=x,
                 grad_input=x if need_x else None,
                 grad_weight=x if need_weight else None,
                 grad_bias=x if need_bias else None,
@@ -296,25 +374,7 @@ def _backward(
             )
             found = Prepared(Executable(plan, tuple(names)), form, copied)
         PREPARED[key] = found
-    if found.executable is None:
-        return _backward_with_torch(
-            grad, x, mean, var, weight, bias, residual, function, eps, batch, needed
-        )
-    if True in found.copied:
-        x, grad, residual = found.dense(x, grad, residual)  # type: ignore[assignment]
-    results = []
-    if need_x:
-        results.append(torch.empty_like(x))
-    for wanted, t in ((need_weight, weight), (need_bias, bias)):
-        if wanted:
-            assert t is not None
-            results.append(torch.empty_like(t))
-    if need_residual:
-        results.append(torch.empty_like(x))
-    sums = torch.empty((2, x.shape[1]), dtype=torch.float32, device=x.device)
-    vectors = [t for t in (weight, bias, residual) if t is not None]
-    found.executable(x, grad, mean, var, *vectors, sums, *results)
-    return results
+    return found
 
 
 def _backward_with_torch(
@@ -405,4 +465,12 @@ BATCH_NORM_BACKWARD = library.define(
     lambda *args: list(_Backward.run(*args)),
 )
 
-__all__ = ["BATCH_NORM_APPLY", "BATCH_NORM_BACKWARD", "BATCH_NORM_STATISTICS"]
+__all__ = [
+    "BATCH_NORM_APPLY",
+    "BATCH_NORM_BACKWARD",
+    "BATCH_NORM_STATISTICS",
+    "gradients",
+    "prepared_apply",
+    "prepared_backward",
+    "prepared_statistics",
+]

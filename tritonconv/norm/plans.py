@@ -58,7 +58,7 @@ def _slots(problem: NormProblem, *names: str) -> dict[str, Slot]:
 
 def _dtypes(problem: NormProblem) -> dict[str, torch.dtype]:
     dtypes = dict.fromkeys(("input", "output", "grad", "residual", "grad_input"), problem.dtype)
-    dtypes |= {"grad_residual": problem.dtype, "sums": torch.float32}
+    dtypes |= {"grad_residual": problem.dtype}
     dtypes |= {"mean": problem.statistics, "var": problem.statistics}
     for name, dtype in (("weight", problem.weight), ("bias", problem.bias)):
         if dtype is not None:
@@ -227,8 +227,8 @@ def backward_plan(
 ) -> LaunchPlan:
     """Gradients of input, weight, bias and residual, those that are needed.
 
-    Slots: grad, input, mean, var, weight, bias, residual; sums, grad_input, grad_weight,
-    grad_bias, grad_residual.
+    Slots: grad, input, mean, var, weight, bias, residual; grad_input, grad_weight, grad_bias,
+    grad_residual.
     """
     view = problem.view
     need_x, need_weight, need_bias, need_residual = needed
@@ -240,6 +240,7 @@ def backward_plan(
         maps = 3 if problem.residual and problem.function else 2
         config = config or reduction_config(view, device, maps * problem.dtype.itemsize)
         sizes, programs, spaces = _shared_sum(view, config)
+        spaces = (Workspace("sums", (2, view.channels), torch.float32), *spaces)
         slots = _slots(problem, "grad", "input", *_READ)
         calls.append(
             KernelCall(
