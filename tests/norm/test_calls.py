@@ -79,6 +79,18 @@ def test_changes_between_forward_and_backward(training: bool, device: torch.devi
     torch.testing.assert_close(third, first, rtol=0, atol=0)
 
 
+def test_the_first_call_ever_may_be_in_a_checkpoint(device: torch.device) -> None:
+    calls._STEPS.clear()
+    norm = tc.nn.BatchNorm2d(6, activation=torch.relu, device=device)
+    x, grad, _ = _maps(torch.float32, device)
+    x.requires_grad_()
+    y = checkpoint(norm, x, use_reentrant=False)
+    assert isinstance(y, Tensor)
+    (found,) = torch.autograd.grad(y, x, grad)
+    (expected,) = torch.autograd.grad(norm(x), x, grad)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_second_order_of_a_prepared_call(training: bool, device: torch.device) -> None:
     norm = tc.nn.BatchNorm2d(6, activation=F.silu, device=device).train(training)

@@ -122,21 +122,9 @@ def normalise(
         return None
     if running_mean is None:
         num_batches_tracked = None
-    result = _with_operators(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        num_batches_tracked,
-        function,
-        residual,
-    )
     if key is not None:
-        calls.prepare(
+        # The first call too: a checkpoint's second run must save what its first one did.
+        step = calls.prepare(
             key,
             input,
             running_mean,
@@ -151,7 +139,23 @@ def normalise(
             function,
             residual,
         )
-    return result
+        if step is not None:
+            return step(
+                input, running_mean, running_var, num_batches_tracked, weight, bias, residual
+            )
+    return _with_operators(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked,
+        function,
+        residual,
+    )
 
 
 def _with_operators(

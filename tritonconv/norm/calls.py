@@ -100,8 +100,8 @@ class Step:
         device, data = self.device, x.data_ptr()
         rows = None
         if self.statistics is None:
+            assert running[0] is not None and running[1] is not None
             mean, var = running[0], running[1]
-            assert mean is not None and var is not None
             at_mean, at_var = mean.data_ptr(), var.data_ptr()
         else:
             changed = [t for t in running if t is not None]
@@ -181,7 +181,7 @@ class _Step(torch.autograd.Function):
 
 # What Function.apply does beside is an inspection of the signature and a look for transforms,
 # under which no call is prepared.
-_run: Callable[..., Any] = super(torch.autograd.Function, _Step).apply  # type: ignore[misc]
+_run: Callable[..., Any] = super(torch.autograd.Function, _Step).apply
 
 
 def _launch(
@@ -317,12 +317,12 @@ def prepare(
     activation: Callable[..., Any] | None,
     function: str,
     residual: Tensor | None,
-) -> None:
-    """Prepare the next call like one that was checked and has run."""
+) -> Step | None:
+    """Prepare calls like one that was checked; None where operators are to compute it."""
     if activation is not None and never_changes(activation) is None:
-        return
+        return None
     if residual is not None and residual.dtype is not x.dtype:
-        return
+        return None
     statistics, mean, var = None, running_mean, running_var
     cumulative = False
     if training:
@@ -331,16 +331,17 @@ def prepare(
             momentum = 0.0
         found = prepared_statistics(x, running_mean, running_var, tracked, momentum)
         if found.executable is None or True in found.copied:
-            return
+            return None
         statistics = found.executable
         mean = var = torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
     assert mean is not None and var is not None
     found = prepared_apply(x, mean, var, weight, bias, residual, function, eps, training)
     if found.executable is None or True in found.copied:
-        return
+        return None
     if len(_STEPS) >= _MAX_STEPS:
         _STEPS.clear()
-    _STEPS[key] = Step(statistics, found.executable, x, cumulative, function, eps)
+    step = _STEPS[key] = Step(statistics, found.executable, x, cumulative, function, eps)
+    return step
 
 
 __all__ = ["Step", "call_key", "prepare", "prepared"]
