@@ -185,13 +185,18 @@ def test_spaces_begin_with_units_of_four_pixels(width: str, direction: Direction
 
 
 @pytest.mark.parametrize("direction", Direction)
-def test_tuning_tries_it_and_untuned_calls_do_not(direction: Direction) -> None:
-    """Nothing was timed yet: an estimate alone does not take the place of PyTorch's kernel."""
+def test_untuned_calls_take_it_where_it_was_faster_and_tuning_tries_it(
+    direction: Direction,
+) -> None:
     fields = {"N": 64, "C": 256, "M": 256, "H": 28, "K": 3, "P": 1, "G": 32, "dtype": "bfloat16"}
-    problem = problem_of(fields, direction)
     operator = OPERATORS[direction, 2]
-    assert operator.default_algorithm(problem, H100).name == "aten"
-    assert ALGORITHM.name in {a.name for a in operator.candidates(problem)}
+    assert operator.default_algorithm(problem_of(fields, direction), H100).name == ALGORITHM.name
+    slower = {"C": 512, "M": 512, "H": 14}, {"N": 8}, {"dtype": "float32"}
+    for changes in slower:
+        problem = problem_of({**fields, **changes}, direction)
+        assert operator.default_algorithm(problem, H100).name == "aten"
+    wider = problem_of({**fields, **slower[0]}, direction)
+    assert ALGORITHM.name in {a.name for a in operator.candidates(wider)}
 
 
 @pytest.mark.interpreter

@@ -18,6 +18,7 @@ from ..runtime.tables import Choice, Tier, choose, note_replaced, served_by
 from .algorithms import ALGORITHMS, common
 from .algorithms.aten import Aten
 from .algorithms.banded import Banded, is_clearly_better
+from .algorithms.banded_groups import BandedGroups, bands_clearly_better
 from .algorithms.boxed_operand import BoxedOperand, fills
 from .algorithms.common import slot_names
 from .algorithms.packed_phases import PackedPhases, packs_clearly_better
@@ -190,6 +191,8 @@ class ConvOperator(Operator):
         PyTorch's speed, but for large maps in half precision; that of a depthwise weight gradient
         is faster where channels are fastest in memory, not measured elsewhere (docs/benchmarks).
         """
+        if bands_clearly_better(problem) and BANDED_GROUPS.supports(problem) is None:
+            return BANDED_GROUPS
         if problem.depthwise:
             wgrad = problem.direction is Direction.WGRAD
             slow = wgrad and problem.x_layout != "channels_last"
@@ -242,6 +245,7 @@ def as_tf32(t: Tensor) -> Tensor:
 
 ATEN = next(a for a in ALGORITHMS if isinstance(a, Aten))
 BANDED = next(a for a in ALGORITHMS if isinstance(a, Banded))
+BANDED_GROUPS = next(a for a in ALGORITHMS if isinstance(a, BandedGroups))
 PACKED = next(a for a in ALGORITHMS if isinstance(a, PackedPhases))
 BOXED_OPERAND = next(a for a in ALGORITHMS if isinstance(a, BoxedOperand))
 
