@@ -12,6 +12,10 @@ From Python::
 For a Triton kernel of your own, in place of ``triton.autotune``::
 
     from tritonconv.autotune import autotune
+
+To compile in parallel what a training step of a model runs, before it does::
+
+    from tritonconv.autotune import precompile
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .decorator import autotune
+    from .precompiling import precompile
 
-__all__ = ["autotune"]
+__all__ = ["autotune", "precompile"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from .decorator import autotune
 
         return autotune
+    if name == "precompile":
+        from .precompiling import precompile
+
+        return precompile
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

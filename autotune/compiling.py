@@ -17,8 +17,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import triton
 
 from tritonconv.runtime.aot import Compiled, compile_plan, parse_target
 from tritonconv.runtime.entries import Resources
@@ -43,10 +45,17 @@ _FRUITLESS_STARTS = 3
 
 @dataclass(frozen=True)
 class CompileResult:
-    """A candidate is compiled; ``seconds`` is what it took, next to nothing when it was before."""
+    """A candidate is compiled.
+
+    Attributes:
+        resources: what its largest kernel takes.
+        seconds: what compiling took; next to nothing where it had been done before.
+        built: kernels that were not in Triton's disk cache.
+    """
 
     resources: Resources
     seconds: float
+    built: int = 0
 
 
 CompileOutcome = CompileResult | Failure
@@ -66,13 +75,33 @@ def compile_candidate(
     begin = time.monotonic()
     try:
         plan = operator.algorithm(candidate.algorithm).plan(problem, candidate.config)
-        kernels = () if plan is None else compile_plan(plan, arch, launcher=True)
+        with _missing() as missing:
+            kernels = () if plan is None else compile_plan(plan, arch, launcher=True)
     except Exception as error:
         failure = classify(error)
         if failure.status is Status.LAUNCH:  # nothing was launched
             failure = Failure(Status.COMPILE, failure.reason)
         return failure
-    return CompileResult(_largest(kernels), time.monotonic() - begin)
+    return CompileResult(_largest(kernels), time.monotonic() - begin, len(missing))
+
+
+@contextlib.contextmanager
+def _missing() -> Iterator[list[str]]:
+    """The names of kernels that Triton compiles inside, rather than finding them on disk."""
+    names: list[str] = []
+    before = triton.knobs.compilation.listener
+
+    def listen(*, src: Any, cache_hit: bool, **more: Any) -> None:
+        if not cache_hit:
+            names.append(src.name)
+        if before is not None:
+            before(src=src, cache_hit=cache_hit, **more)
+
+    triton.knobs.compilation.listener = listen
+    try:
+        yield names
+    finally:
+        triton.knobs.compilation.listener = before
 
 
 def _largest(kernels: tuple[Compiled, ...]) -> Resources:
@@ -192,7 +221,7 @@ class CompilePool:
                 key = _key(operator, problem, candidate)
                 if key in self._pending or key in self._outcomes:
                     continue
-                if _without_plan(operator, problem, candidate):
+                if without_plan(operator, problem, candidate):
                     self._outcomes[key] = CompileResult(Resources(), 0.0)
                     continue
                 if what is None:
@@ -377,7 +406,7 @@ def _key(operator: Operator, problem: Problem, candidate: Candidate) -> _JobKey:
     return identity(operator, problem, candidate)
 
 
-def _without_plan(operator: Operator, problem: Problem, candidate: Candidate) -> bool:
+def without_plan(operator: Operator, problem: Problem, candidate: Candidate) -> bool:
     """Whether a candidate calls PyTorch; asked only where the algorithm can run without a plan."""
     algorithm = operator.algorithm(candidate.algorithm)
     if type(algorithm).launch is Algorithm.launch:
@@ -396,4 +425,5 @@ __all__ = [
     "Resources",
     "compile_candidate",
     "default_jobs",
+    "without_plan",
 ]

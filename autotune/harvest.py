@@ -187,6 +187,7 @@ def harvest_named(
     dtypes: Sequence[str] = ("bfloat16",),
     layouts: Sequence[str] = ("channels_last",),
     device: torch.device | str = "cpu",
+    by_kernel: bool = False,
 ) -> list[Pair]:
     """Problems of one training step of a model, by its name.
 
@@ -201,6 +202,7 @@ def harvest_named(
         dtypes: ``bfloat16`` and ``float16`` through autocast, ``float32`` without.
         layouts: memory formats of model and images.
         device: where the step is run.
+        by_kernel: as :func:`harvest` takes it.
 
     Raises:
         ArgumentValueError: an unknown name, argument, dtype or layout, or no problem was met.
@@ -223,7 +225,7 @@ def harvest_named(
             images = images_for(model, batch, size, channels, layout, device)
             model.to(memory_format=memory_format(layout, images.dim()))  # type: ignore[call-overload]
             for dtype in dtypes:
-                pairs += harvest(model, images, amp=AUTOCAST[dtype])
+                pairs += harvest(model, images, amp=AUTOCAST[dtype], by_kernel=by_kernel)
         return pairs
 
     pairs = met()
@@ -232,17 +234,18 @@ def harvest_named(
         pairs = met()
     if not pairs:
         raise bad_value("model", f"convolutions that tritonconv serves in {name}", "none")
-    return unique_pairs(pairs)
+    return list(dict.fromkeys(pairs)) if by_kernel else unique_pairs(pairs)
 
 
-def collect(step: Callable[[], None]) -> list[Pair]:
+def collect(step: Callable[[], None], *, by_kernel: bool = False) -> list[Pair]:
     """Run ``step`` once and list the distinct problems it met, in order.
 
     PyTorch's kernels compute: nothing has to be compiled to learn which problems there are.
+    Problems are distinct by their tuned entry, or ``by_kernel``: by all that a kernel depends on.
     """
     with backend("torch"), recording() as met:
         step()
-    return unique_pairs(met)
+    return list(dict.fromkeys(met)) if by_kernel else unique_pairs(met)
 
 
 def harvest(
@@ -251,6 +254,7 @@ def harvest(
     *,
     amp: torch.dtype | None = None,
     backward: bool = True,
+    by_kernel: bool = False,
 ) -> list[Pair]:
     """Run a model forward and backward once and list the problems it met.
 
@@ -261,6 +265,8 @@ def harvest(
         inputs: a batch, on the model's device.
         amp: dtype of an autocast region around the forward pass; None for none.
         backward: also run the backward pass, from the mean squares of the outputs.
+        by_kernel: list problems that share a tuned entry, but not their kernels: those of other
+            epilogues.
     """
     device = inputs.device.type
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
@@ -276,7 +282,7 @@ def harvest(
                 loss.backward()
 
     try:
-        return collect(step)
+        return collect(step, by_kernel=by_kernel)
     finally:
         with torch.no_grad():
             for buffer, value in buffers:

@@ -16,6 +16,7 @@ from . import (
     bench,
     clean,
     compare,
+    compile_,
     devices,
     explain,
     export,
@@ -83,6 +84,7 @@ app = typer.Typer(
 app.command("devices")(devices.devices)
 app.command("list")(list_.list_)
 app.command("tune")(tune.tune)
+app.command("compile")(compile_.compile_)
 app.command("show")(show.show)
 app.command("explain")(explain.explain)
 app.command("bench")(bench.bench)

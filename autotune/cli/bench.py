@@ -81,9 +81,23 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="With --model: also under torch.compile.")
     ] = False,
+    graph: Annotated[
+        bool,
+        typer.Option("--graph", help="With --model: whole steps as CUDA graphs, without the host."),
+    ] = False,
+    one_thread: Annotated[
+        bool,
+        typer.Option("--one-thread", help="With --model: no thread of autograd's own."),
+    ] = False,
     batch_norm: Annotated[
         bool, typer.Option("--batch-norm", help="With --model: convert batch norms too.")
     ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", min=0, help="With --model: compiling processes; 0: the first step compiles."
+        ),
+    ] = None,
     host: Annotated[
         bool, typer.Option("--host", help="Host time of eager calls instead of device time.")
     ] = False,
@@ -102,9 +116,18 @@ def bench(
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise bad_value("bench", f"one of {', '.join(sources)}", ", ".join(given) or "nothing")
-    for name, asked in {"--compile": compiled, "--batch-norm": batch_norm}.items():
+    with_model = {
+        "--compile": compiled,
+        "--graph": graph,
+        "--one-thread": one_thread,
+        "--batch-norm": batch_norm,
+        "--jobs": jobs is not None,
+    }
+    for name, asked in with_model.items():
         if asked and model is None:
             raise bad_value(name, "with --model", "without")
+    if graph and compiled:
+        raise bad_value("--graph", "without --compile", "with it")
     if model is not None:
         idle = {
             "--vs": vs is not None,
@@ -117,9 +140,10 @@ def bench(
                 raise bad_value(name, "without --model", "with it")
         arguments = parse_shape(model_args) if model_args else None
         options = _step_options(batch, size, channels, dtype, layout)
-        options |= {"compiled": compiled, "batch_norm": batch_norm}
+        options |= {"compiled": compiled, "graph": graph, "one_thread": one_thread}
+        options |= {"batch_norm": batch_norm, "jobs": jobs}
         times = step_times(model, arguments, **options, progress=out.say)
-        _steps(out, model, times)
+        _steps(out, model, times, one_thread=one_thread)
         return
     wanted = str(shapes or suite)
     lab = CudaLab()
@@ -225,11 +249,19 @@ def _step_options(
     }
 
 
-def _steps(out: Output, name: str, times: Sequence[StepTime]) -> None:
+def _steps(out: Output, name: str, times: Sequence[StepTime], *, one_thread: bool) -> None:
     """Training steps of a model, each contender beside the first that is of its kind."""
     base = {row.contender: row.timing.p50 for row in times if row.timing is not None}
     shown = table(
-        "training step", "ms>", "p20>", "p80>", "vs PyTorch>", "first step s>", "note", title=name
+        "training step",
+        "ms>",
+        "p20>",
+        "p80>",
+        "host ms>",
+        "vs PyTorch>",
+        "first step s>",
+        "note",
+        title=f"{name}, one thread" if one_thread else name,
     )
     rows = []
     for row in times:
@@ -242,6 +274,7 @@ def _steps(out: Output, name: str, times: Sequence[StepTime]) -> None:
             number(timing.p50 if timing else None),
             number(timing.p20 if timing else None),
             number(timing.p80 if timing else None),
+            number(row.host_ms),
             number(ratio, 2, "x"),
             number(row.first_s),
             note,
@@ -252,6 +285,7 @@ def _steps(out: Output, name: str, times: Sequence[StepTime]) -> None:
                 "ms": timing.p50 if timing else None,
                 "p20_ms": timing.p20 if timing else None,
                 "p80_ms": timing.p80 if timing else None,
+                "host_ms": row.host_ms,
                 "steps": timing.count if timing else 0,
                 "vs_torch": ratio,
                 "first_s": row.first_s,
@@ -259,7 +293,8 @@ def _steps(out: Output, name: str, times: Sequence[StepTime]) -> None:
                 "reason": row.reason,
             }
         )
-    out.result({"device": device_facts().as_dict(), "model": name, "results": rows}, shown)
+    payload = {"device": device_facts().as_dict(), "model": name, "one_thread": one_thread}
+    out.result({**payload, "results": rows}, shown)
 
 
 def _summary(results: Sequence[Comparison], means: dict[str, float | None]) -> str:

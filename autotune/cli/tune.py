@@ -150,7 +150,7 @@ def tune(
             for pair in pairs_of(operators, one, dtypes=dtype, layouts=layout, precisions=precision)
         ]
     elif model is not None:
-        pairs = _model_pairs(
+        pairs = model_pairs(
             model, model_args, operators, batch, parse_size(size), channels, dtype, layout
         )
     else:
@@ -254,7 +254,7 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def _model_pairs(
+def model_pairs(
     name: str,
     arguments: str | None,
     operators: Sequence[str] | None,
@@ -263,6 +263,8 @@ def _model_pairs(
     channels: int | None,
     dtypes: Sequence[str] | None,
     layouts: Sequence[str] | None,
+    *,
+    by_kernel: bool = False,
 ) -> list[Pair]:
     """Problems of one training step of a model, on the GPU where there is one."""
     wanted = expand_operators(operators)
@@ -275,5 +277,6 @@ def _model_pairs(
         dtypes=dtypes or ("bfloat16",),
         layouts=layouts or ("channels_last",),
         device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu",
+        by_kernel=by_kernel,
     )
     return [pair for pair in pairs if not wanted or pair[0].name in wanted]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,9 @@ from torch import nn
 from tritonconv.autotune import steps
 from tritonconv.autotune.measure import NoDeviceError
 from tritonconv.runtime.errors import ArgumentValueError
+
+TURN = 1 + steps.HOST_STEPS + 3
+"""Steps of a contender in a round of three timed ones."""
 
 
 class Net(nn.Module):
@@ -58,8 +62,10 @@ def test_both_train_the_same_network_on_the_same_images() -> None:
         assert row.timing is not None and row.timing.count == 3 * steps.ROUNDS
         assert 0 < row.timing.p20 <= row.timing.p50 <= row.timing.p80
         assert row.first_s > 0
+        # A CPU's step is over when it is issued.
+        assert row.host_ms is not None and row.host_ms > 0.2 * row.timing.p20
     curves = [[loss for own, loss in Net.losses if own is kind] for kind in (False, True)]
-    assert len(curves[0]) == steps.WARM_UP + steps.ROUNDS * (3 + 1)
+    assert len(curves[0]) == steps.WARM_UP + steps.ROUNDS * TURN
     assert curves[0] == pytest.approx(curves[1], rel=1e-4), "the same steps from the same weights"
     assert curves[0][-1] < curves[0][0], "and they train"
 
@@ -86,7 +92,7 @@ class Interrupted(Net):
 
 
 def test_says_what_it_does_and_keeps_what_it_has() -> None:
-    Interrupted.left = steps.WARM_UP + 2 * (3 + 1)
+    Interrupted.left = steps.WARM_UP + 2 * TURN
     said: list[str] = []
     rows = steps.step_times(
         "test_steps:Interrupted",
@@ -174,3 +180,125 @@ def test_what_was_no_training_has_no_time() -> None:
     )
     assert theirs.timing is not None and not theirs.reason
     assert "no layer was converted" in ours.reason
+
+
+class Observed(Net):
+    """Remembers the thread of each backward pass."""
+
+    threads: ClassVar[list[bool]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Observed.threads.append(torch.autograd.is_multithreading_enabled())  # type: ignore[attr-defined]
+        return super().forward(x)
+
+
+def test_backward_passes_on_one_thread_on_request() -> None:
+    for asked in (False, True):
+        Observed.threads.clear()
+        steps.step_times(
+            "test_steps:Observed", batch=1, size=(8, 8), steps=1, device="cpu", one_thread=asked
+        )
+        assert set(Observed.threads) == {not asked}
+    assert torch.autograd.is_multithreading_enabled()  # type: ignore[attr-defined]
+
+
+def test_graphs_need_a_gpu_and_no_compiler() -> None:
+    with pytest.raises(ArgumentValueError, match="graph: expected False where the device is no"):
+        steps.step_times("test_steps:Net", graph=True, device="cpu")
+    with pytest.raises(ArgumentValueError, match="graph: expected False with compiled"):
+        steps.step_times("test_steps:Net", graph=True, compiled=True)
+
+
+def test_a_contender_replays_what_it_captured_after_its_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replayed = []
+
+    def stand_in(train: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        assert all(parameter.grad is None for parameter in contender.parameters)
+
+        def replay() -> torch.Tensor:
+            replayed.append(1)
+            return torch.zeros(())
+
+        return replay
+
+    monkeypatch.setattr(steps, "capture", stand_in)
+    model, images = Net(), torch.randn(1, 1, 8, 8)
+    contender = steps._Contender("PyTorch", model, images, "float32", "contiguous", graph=True)
+    Net.losses.clear()
+    contender.warm_up()
+    assert (contender.name, contender.reason) == ("PyTorch, graph", "")
+    assert len(Net.losses) == steps.WARM_UP and not replayed
+    contender.run(3)
+    assert len(Net.losses) == steps.WARM_UP and len(replayed) == TURN
+
+
+gpu = pytest.mark.gpu
+
+
+class Waits(Net):
+    """What no graph can hold, on PyTorch's kernels only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(torch.relu(self.first(x)))
+        if not type(self.first).__module__.startswith("tritonconv"):
+            float(y.detach().sum())
+        return y
+
+
+class Quiet(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(torch.relu(self.first(x)))
+        return y
+
+
+class QuietNormalised(Quiet):
+    """A batch norm, whose running statistics a graph moves too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(self.first, nn.BatchNorm2d(4))  # type: ignore[assignment]
+
+
+@gpu
+@pytest.mark.parametrize("who", [steps.EAGER, steps.OURS])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_replayed_steps_train_as_eager_ones(who: str, dtype: str, batch_norm: bool) -> None:
+    torch.manual_seed(0)
+    model, images = QuietNormalised(), torch.randn(2, 1, 16, 16, device="cuda")
+    states = []
+    for graph in (False, True):
+        contender = steps._Contender(
+            who, model, images, dtype, "channels_last", graph=graph, batch_norm=batch_norm
+        )
+        for group in contender.optimizer.param_groups:
+            group["lr"] = 0.1
+        contender.warm_up()
+        assert not contender.reason and (contender.replay is not None) == graph
+        for _ in range(7):
+            contender.step()
+        torch.cuda.synchronize()
+        states.append([tensor.float().cpu() for tensor in contender.tensors])
+    tolerance = 1e-4 if dtype == "float32" else 1e-2
+    for eager, replayed in zip(*states, strict=True):
+        torch.testing.assert_close(replayed, eager, rtol=tolerance, atol=tolerance)
+    begun = [parameter.detach() for parameter in model.parameters()]
+    moved = [float((a - b).abs().max()) for a, b in zip(begun, states[1], strict=False)]
+    assert max(moved) > 3 * tolerance, "they trained"
+
+
+@gpu
+def test_graphs_of_every_contender_and_why_one_has_none() -> None:
+    options: dict[str, Any] = dict(batch=1, size=(16, 16), steps=4, graph=True)
+    rows = steps.step_times("test_steps:Quiet", **options)
+    assert [row.contender for row in rows] == ["PyTorch, graph", "tritonconv, graph"]
+    for row in rows:
+        assert row.timing is not None and not row.reason and row.host_ms is not None
+        assert row.host_ms < 1.0, "a replay is one call"
+    theirs, ours = steps.step_times("test_steps:Waits", **options)
+    assert theirs.timing is None and "cannot be captured" in theirs.reason
+    assert ours.timing is not None and not ours.reason
+    (eager, _) = steps.step_times("test_steps:Quiet", batch=1, size=(16, 16), steps=4)
+    assert eager.timing is not None, "nothing of a capture that failed is left behind"
