@@ -18,6 +18,13 @@ pytestmark = pytest.mark.interpreter
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+@pytest.fixture(autouse=True)
+def _no_tf32() -> Iterator[None]:
+    """What is compared with here is not of TF32, which a GPU's cuDNN takes by default."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture(params=["kernels", "pytorch"])
 def _chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every product by kernels of the library, or by PyTorch's."""
