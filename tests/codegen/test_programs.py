@@ -257,6 +257,15 @@ def test_third_derivative():
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("fn", [torch.nn.functional.silu, torch.nn.functional.mish])
+def test_a_derivative_made_where_gradients_are_off_has_one_itself(fn):
+    """A plain backward makes the first derivative; a later call may ask for the second."""
+    with torch.no_grad():
+        program = trace(fn, (Argument("x", torch.float64, Role.VALUE),)).program
+        first = program.vjp(("x",))
+    assert first.vjp(("x",)).lowered.nodes
+
+
 def test_hardsigmoid_has_a_second_derivative():
     f = trace(F.hardsigmoid, (Argument("x", torch.float64, Role.VALUE),))
     second = f.vjp(("x",)).vjp(("x", "grad_out"))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tritonconv as tc
@@ -266,3 +267,19 @@ def test_unbatched(device: torch.device) -> None:
     r = torch.randn(M, H, W, device=device)
     result = tc.conv2d(x[0], w, b, padding=1, epilogue=torch.add, epilogue_args=(r,))
     torch.testing.assert_close(result, plain_conv(x[0], w, b, padding=1) + r, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interpreter
+def test_a_second_derivative_after_a_plain_backward(device: torch.device) -> None:
+    """The first derivative was made where gradients are off, and is kept."""
+    x = torch.randn(1, 2, 4, 4, device=device, requires_grad=True)
+    w = torch.randn(2, 2, 3, 3, device=device, requires_grad=True)
+    tc.conv2d(x, w, padding=1, epilogue=F.silu).sum().backward()
+    found = []
+    for y in (
+        tc.conv2d(x, w, padding=1, epilogue=F.silu, precision="ieee"),
+        F.silu(F.conv2d(x.double(), w.double(), padding=1)),
+    ):
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), w)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)

@@ -139,7 +139,10 @@ def vjp_program(program: _Program, wrt: tuple[str, ...]) -> _Program:
         )
 
     arguments = (*program.arguments, *cotangents)
-    graph = trace_graph(run, [a.dtype for a in arguments])
+    # Where gradients are off, as in every plain backward, PyTorch takes formulas that have no
+    # derivative themselves (SiLU's); this program is kept, and may be differentiated later.
+    with torch.enable_grad():
+        graph = trace_graph(run, [a.dtype for a in arguments])
     return replace(
         program,
         order=program.order + 1,

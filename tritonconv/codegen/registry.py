@@ -7,17 +7,33 @@ one and no parameter is kept alive here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+
 from ..runtime.errors import bad_value
+from .ir import Argument, Output
 from .program import Program
 
 _PROGRAMS: dict[str, Program] = {}
 
 
 def register_program(program: Program) -> str:
-    """Make a program known under its key, arguments included, and return the key."""
-    key = f"{program.key}.{'.'.join(a.role.value[0] for a in program.arguments)}"
+    """Make a program known under its key, arguments and results included, and return the key.
+
+    The text of a function may be the same in float32 and float64.
+    """
+    roles = ".".join(a.role.value[0] for a in program.arguments)
+    typed: list[Argument | Output] = [*program.arguments, *program.outputs]
+    dtypes = "" if all(t.dtype is torch.float32 for t in typed) else _dtypes(typed)
+    key = f"{program.key}.{roles}{dtypes}"
     _PROGRAMS.setdefault(key, program)
     return key
+
+
+def _dtypes(typed: Iterable[Argument | Output]) -> str:
+    """The dtypes of arguments and results, in short."""
+    return "." + ".".join(str(t.dtype).removeprefix("torch.") for t in typed)
 
 
 def find_program(key: str) -> Program | None:

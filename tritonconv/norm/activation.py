@@ -11,33 +11,17 @@ from typing import Any
 import torch
 
 from ..codegen import Argument, Role, ScalarFunction, trace
-from ..codegen.program import Program
-from ..runtime.errors import bad_type, bad_value
+from ..codegen.registry import program_of, register_program
+from ..runtime.errors import bad_type
 
 Scalar = Callable[..., Any]
 
 _KEYS: dict[Any, str | None] = {}
-_PROGRAMS: dict[str, Program] = {}
-"""By key: that of the text, which may be the same in float32 and float64, and the dtype."""
-
-
-def program_of(key: str) -> Program:
-    """The program of a key.
-
-    Raises:
-        ArgumentValueError: no activation of that key was traced in this process.
-    """
-    program = _PROGRAMS.get(key)
-    if program is None:
-        raise bad_value("function", "the key of an activation traced in this process", key)
-    return program
 
 
 def derivative_of(key: str) -> ScalarFunction:
     """The scalar function (z, cotangent) of an activation's derivative."""
-    # Where gradients are off, PyTorch has simpler formulas, which have no derivative themselves.
-    with torch.enable_grad():
-        derivative = ScalarFunction(program_of(key).vjp(("z",)), ())
+    derivative = ScalarFunction(program_of(key).vjp(("z",)), ())
     (cotangent,) = [a.name for a in derivative.arguments if a.name != "z"]
     return derivative.with_roles(**{cotangent: Role.VALUE})
 
@@ -83,8 +67,7 @@ def activation_key(fn: Scalar | None, dtype: torch.dtype) -> str | None:
     if not _asks_for_more(fn):
         function = trace(fn, (Argument("z", dtype, Role.VALUE),))
         if not function.captures:
-            key = f"{function.key}.{str(dtype).removeprefix('torch.')}"
-            _PROGRAMS.setdefault(key, function.program)
+            key = register_program(function.program)
     if identity is not None:
         _KEYS[identity, dtype] = key
     return key
@@ -100,4 +83,4 @@ def _asks_for_more(fn: Scalar) -> bool:
     return any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
 
 
-__all__ = ["activation_key", "derivative_of", "never_changes", "program_of"]
+__all__ = ["activation_key", "derivative_of", "never_changes"]

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from ..codegen.registry import program_of
 from ..runtime.device import DeviceFacts
 from ..runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from . import kernels
-from .activation import derivative_of, program_of
+from .activation import derivative_of
 from .problem import (
     Elementwise,
     NormView,

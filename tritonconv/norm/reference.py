@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ..codegen import ScalarFunction
-from .activation import derivative_of, program_of
+from ..codegen.registry import program_of
+from .activation import derivative_of
 
 Tensor = torch.Tensor
 
