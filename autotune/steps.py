@@ -104,15 +104,12 @@ def step_times(
     Raises:
         KeyboardInterrupt: interrupted before any step was timed.
         NoDeviceError: there is no GPU.
-        ArgumentValueError: an unknown name, argument, dtype or layout; ``graph`` without a GPU or
-            with ``compiled``.
+        ArgumentValueError: an unknown name, argument, dtype or layout; ``graph`` without a GPU.
     """
     if jobs is not None and (type(jobs) is not int or jobs < 0):
         raise bad_value("jobs", "a number of processes, or None", repr(jobs))
     if graph and torch.device(device).type != "cuda":
         raise bad_value("graph", "False where the device is no GPU", f"True on {device}")
-    if graph and compiled:
-        raise bad_value("graph", "False with compiled", "True")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise NoDeviceError("the time of training steps needs a CUDA GPU, and PyTorch sees none")
     if dtype not in AUTOCAST:

@@ -126,8 +126,6 @@ def bench(
     for name, asked in with_model.items():
         if asked and model is None:
             raise bad_value(name, "with --model", "without")
-    if graph and compiled:
-        raise bad_value("--graph", "without --compile", "with it")
     if model is not None:
         idle = {
             "--vs": vs is not None,

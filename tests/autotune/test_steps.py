@@ -202,11 +202,9 @@ def test_backward_passes_on_one_thread_on_request() -> None:
     assert torch.autograd.is_multithreading_enabled()  # type: ignore[attr-defined]
 
 
-def test_graphs_need_a_gpu_and_no_compiler() -> None:
+def test_graphs_need_a_gpu() -> None:
     with pytest.raises(ArgumentValueError, match="graph: expected False where the device is no"):
         steps.step_times("test_steps:Net", graph=True, device="cpu")
-    with pytest.raises(ArgumentValueError, match="graph: expected False with compiled"):
-        steps.step_times("test_steps:Net", graph=True, compiled=True)
 
 
 def test_a_contender_replays_what_it_captured_after_its_warm_up(

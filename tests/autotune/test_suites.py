@@ -11,8 +11,11 @@ import torch
 import tritonconv  # noqa: F401  # registers the operators
 from tritonconv.autotune.bench import contenders
 from tritonconv.autotune.cli.common import pairs_of
+from tritonconv.autotune.measure import NumericCheck
+from tritonconv.autotune.space import Candidate
 from tritonconv.autotune.suites import load_shapes, load_suite, parse_shape, suite_names
-from tritonconv.runtime.device import nominal_device
+from tritonconv.runtime.accuracy import check
+from tritonconv.runtime.device import device_facts, nominal_device
 from tritonconv.runtime.errors import ArgumentValueError
 from tritonconv.runtime.operators import get_operator
 
@@ -110,3 +113,25 @@ def test_bad_suite_files_are_refused(tmp_path: Path, text: str) -> None:
         load_suite(str(file))
     with pytest.raises(ArgumentValueError, match="suite"):
         load_suite("no-such-suite")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_check_of_tuning_knows_what_rounding_does_to_statistics(
+    dtype: str, device: torch.device
+) -> None:
+    """They are float32 numbers of stored values, which half precision rounds."""
+    operator = get_operator("conv2d.fused")
+    fields = {"N": 8, "C": 16, "M": 16, "H": 12, "K": 3, "P": 1, "stats": True, "dtype": dtype}
+    problem = operator.parse(fields)
+    checked = NumericCheck(operator, problem, device, 0)
+    for algorithm in operator.candidates(problem):
+        config = operator.space(algorithm, problem, device_facts())[0]
+        verdict = checked(Candidate(algorithm.name, config))
+        assert verdict.ok, (algorithm.name, str(verdict))
+    tensors = checked._tensors()
+    expected = checked.expected
+    assert expected is not None
+    exact, plain = expected["mean"]
+    moved = exact + 0.05  # of a standard deviation
+    assert not check(moved, exact, plain, dtype=tensors["mean"].dtype).ok

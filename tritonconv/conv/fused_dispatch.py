@@ -144,7 +144,9 @@ class FusedOperator(ConvOperator):
             if dtype is not torch.float64:
                 # Rounding of the stored values moves both by chance. What a kernel may err is what
                 # that can come to, not what it came to here.
-                step = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
+                # The statistics are float32 and asked for as such, the stored values are not.
+                kept = problem.result_dtype
+                step = torch.finfo(kept).eps / 2 if kept.itemsize == 2 else 0.0
                 var, mean = (var * (1 + step)).float(), (mean + step * var.sqrt()).float()
             outputs["mean"], outputs["var"] = mean, var
         return outputs

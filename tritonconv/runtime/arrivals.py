@@ -60,6 +60,15 @@ def arrival_counters(count: int, device: torch.device) -> torch.Tensor:
     return found
 
 
+def counters_on_stream(count: int, device: torch.device, stream: int) -> torch.Tensor:
+    """:func:`arrival_counters` for a caller that knows the current device's stream."""
+    if not torch._C._cuda_isCurrentStreamCapturing():
+        found = _held.get((device.index, stream, 0))
+        if found is not None and found.numel() >= count:
+            return found
+    return arrival_counters(count, device)
+
+
 def _slice(index: int, count: int, captured: bool) -> torch.Tensor | None:
     """Zeros that nobody else has; None where a graph being captured finds none left."""
     size = -(-count // _UNIT) * _UNIT

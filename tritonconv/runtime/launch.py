@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .arrivals import arrival_counters
+from .arrivals import arrival_counters, counters_on_stream
 from .compat import direct_launcher, interpreting, tensor_descriptor, tensor_maps, unfit
 from .errors import bad_value
 from .plan import Boxes, KernelCall, LaunchPlan, Slot
@@ -214,17 +214,20 @@ class Executable:
             merged |= pointer
         if merged & _ALIGNMENT_MASK:
             return False
+        stream = torch._C._cuda_getCurrentRawStream(index)
         if self._places:
             base = 0
             if self._scratch:
                 scratch = torch.empty(self._scratch, dtype=torch.uint8, device=device)
                 base = scratch.data_ptr()
+            kept = []  # in a captured graph counters may be memory like any other
             for place, counters in self._places:
                 if counters:
-                    pointers.append(arrival_counters(place, device).data_ptr())
+                    kept.append(counters_on_stream(place, device, stream))
+                    pointers.append(kept[-1].data_ptr())
                 else:
                     pointers.append(base + place)
-        fast(pointers, torch._C._cuda_getCurrentRawStream(index))
+        fast(pointers, stream)
         return True
 
     def __call__(self, *tensors: torch.Tensor) -> None:
