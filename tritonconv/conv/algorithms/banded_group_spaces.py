@@ -113,9 +113,20 @@ def _images(
     return tuple(sorted(choices, key=steps)[:2])
 
 
-# Units of a tile, stages, whether through the L1 cache: as they ran on an H100, where that cache
-# cost a third to a half more.
-_PRODUCT_TILES = ((128, 3, 0), (128, 4, 0), (256, 3, 0), (128, 2, 0), (64, 4, 0), (128, 3, 1))
+# Units of a tile, stages, whether through the L1 cache, warps over the fewest that hold it. In the
+# order of an H100, where that cache cost a third to a half more; twice the warps were not timed:
+# they halve the registers of a thread, and three or four programs of 8 fit, not three of 4.
+_PRODUCT_TILES = (
+    (128, 3, 0, 1),
+    (128, 3, 0, 2),
+    (128, 4, 0, 1),
+    (256, 3, 0, 1),
+    (128, 2, 0, 1),
+    (128, 4, 0, 2),
+    (64, 4, 0, 1),
+    (128, 3, 1, 1),
+)
+# Units of a tile, stages, whether through the L1 cache, in the order of the same measurements.
 _WEIGHT_TILES = ((32, 3, 0), (64, 2, 0), (64, 3, 0), (64, 2, 1), (32, 3, 1), (64, 3, 1))
 _SMALL_TILES = ((64, 2, 0), (32, 2, 0), (64, 3, 0), (32, 3, 0))
 
@@ -126,11 +137,17 @@ def _products(
     """Tiles of one kind of product over pixels, the best guess first."""
     inner = block_problem(problem, bundle)
     block_n = window_of(inner, box).block_n
-    for block_k in _block_ks(inner, box):
-        for units, stages, cached in _PRODUCT_TILES if roomy else _SMALL_TILES:
-            if block_n * units <= 128 * 256 and block_k * stages <= 256:
-                warps = _warps(problem, block_n, units, block_k)
-                yield BandedGroupsConfig(*box, bundle, units, block_k, warps, stages, cached=cached)
+    tiles = _PRODUCT_TILES if roomy else tuple((*tile, 1) for tile in _SMALL_TILES)
+    # Steps of the second depth take turns: they leave room for one program more.
+    turns = [
+        (number + 1.5 * place, block_k, *tile)
+        for place, block_k in enumerate(_block_ks(inner, box))
+        for number, tile in enumerate(tiles)
+    ]
+    for _, block_k, units, stages, cached, more in sorted(turns):
+        if block_n * units <= 128 * 256 and block_k * stages <= 256:
+            warps = min(8, more * _warps(problem, block_n, units, block_k))
+            yield BandedGroupsConfig(*box, bundle, units, block_k, warps, stages, cached=cached)
 
 
 def _weights(
