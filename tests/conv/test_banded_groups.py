@@ -190,8 +190,10 @@ def test_untuned_calls_take_it_where_it_was_faster_and_tuning_tries_it(
 ) -> None:
     fields = {"N": 64, "C": 256, "M": 256, "H": 28, "K": 3, "P": 1, "G": 32, "dtype": "bfloat16"}
     operator = OPERATORS[direction, 2]
-    assert operator.default_algorithm(problem_of(fields, direction), H100).name == ALGORITHM.name
-    slower = {"C": 512, "M": 512, "H": 14}, {"N": 8}, {"dtype": "float32"}
+    found = operator.default_algorithm(problem_of(fields, direction), H100).name
+    # PyTorch's gradient of the weight, its sums in a fixed order, is as fast.
+    assert found == ("aten" if direction is Direction.WGRAD else ALGORITHM.name)
+    slower = {"C": 512, "M": 512, "H": 14}, {"N": 8}, {"dtype": "float32"}, {"K": "1x3", "P": "0x1"}
     for changes in slower:
         problem = problem_of({**fields, **changes}, direction)
         assert operator.default_algorithm(problem, H100).name == "aten"

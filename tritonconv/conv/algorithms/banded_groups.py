@@ -78,9 +78,15 @@ _PIXELS = 50_000
 def bands_clearly_better(problem: ConvProblem) -> bool:
     """Whether an untuned call of a problem that is served should run in bands.
 
-    On an H100, 32 groups of 4 channels on 64 maps of 56² and of 8 on 28² ran 1.2 to 1.6 times as
-    fast as PyTorch, all three products; 16 channels on 14² are as fast, wider ones on smaller maps
-    slower (docs/benchmarks).
+    On an H100, 32 groups of 4 channels on 64 maps of 56² and of 8 on 28² ran 1.3 to 1.5 times as
+    fast as PyTorch under 3 × 3 filters, forward and gradient of the input; 16 channels on 14² are
+    as fast, wider ones on smaller maps slower. PyTorch's gradient of the weight is as fast at 8
+    channels where its sums have a fixed order, as ours have (docs/benchmarks).
     """
     most = max(problem.channels_per_group, problem.filters_per_group)
-    return most <= _MOST_CHANNELS and problem.out_pixels >= _PIXELS
+    return (
+        problem.direction is not Direction.WGRAD
+        and most <= _MOST_CHANNELS
+        and problem.taps >= 9
+        and problem.out_pixels >= _PIXELS
+    )
