@@ -258,7 +258,9 @@ def harvest(
 ) -> list[Pair]:
     """Run a model forward and backward once and list the problems it met.
 
-    The model's parameters, buffers and gradients are as before when this returns.
+    The model's parameters, buffers and gradients, and the random numbers to come, are as before
+    when this returns. Hooks of parameters (an optimiser in the backward pass, a distributed
+    reducer) run.
 
     Args:
         model: any module of one tensor, in the mode (training or evaluation) of interest.
@@ -281,8 +283,12 @@ def harvest(
             if loss.requires_grad:
                 loss.backward()
 
+    on = [inputs.device] if inputs.is_cuda else []
     try:
-        return collect(step, by_kernel=by_kernel)
+        for parameter, _ in gradients:
+            parameter.grad = None  # backward adds to what is there, in place
+        with torch.random.fork_rng(on):
+            return collect(step, by_kernel=by_kernel)
     finally:
         with torch.no_grad():
             for buffer, value in buffers:

@@ -290,7 +290,7 @@ def _prepared(
             default = default_choice(call.operator, call.problem, facts)
             found = _outcome(pool, _Call(call.operator, call.problem, default))
             if isinstance(found, CompileResult):
-                reason += "; the default, which runs in its place, is compiled"
+                reason += "; the default is compiled too"
         yield call.row(State.FAILED, reason=reason)
 
 

@@ -203,3 +203,18 @@ def test_the_command_knows_the_names(cache: Path) -> None:
     assert "C1 32x32 M16" in done.stdout
     wrong = CliRunner().invoke(app, ["tune", "--model", "attention_unt", "--dry-run"])
     assert wrong.exit_code == 2 and "did you mean 'attention_unet'" in wrong.stderr
+
+
+def test_gradients_and_random_numbers_are_as_before() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Dropout())
+    tc.nn.convert(model)
+    x = torch.randn(1, 2, 5, 5)
+    model(x).sum().backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]  # type: ignore[union-attr]
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    assert harvest.harvest(model, x)
+    assert torch.equal(torch.rand(3), expected)
+    for parameter, gradient in zip(model.parameters(), before, strict=True):
+        assert parameter.grad is not None and torch.equal(parameter.grad, gradient)

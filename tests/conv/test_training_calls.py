@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonconv as tc
 from tritonconv.conv import dispatch, prepared_products
 from tritonconv.runtime import tables
+from tritonconv.runtime.errors import ArgumentTypeError
 
 pytestmark = pytest.mark.interpreter
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -252,3 +253,24 @@ def test_both_gradients_are_one_call_of_pytorchs(
             torch.autograd.grad(tc.conv2d(x, w).square().sum(), (x, w))
     assert masks == [[True, True, False]] * 4
     tables.invalidate()
+
+
+@BOTH_CHOICES
+@pytest.mark.parametrize("case", ["row", "causal", "transposed row"])
+def test_results_of_one_axis_may_be_changed_in_place(case: str, device: torch.device) -> None:
+    name, x_shape, w_shape, kwargs = CASES[case]
+    x, w = leaf(x_shape, device), leaf(w_shape, device)
+    wanted = torch.autograd.grad(theirs(name, x, w, **kwargs).relu().square().sum(), (x, w))
+    for _ in range(2):
+        y = getattr(tc, name)(x, w, precision="ieee", **kwargs)
+        found = torch.autograd.grad(y.relu_().square().sum(), (x, w))
+        for got, want in zip(found, wanted, strict=True):
+            assert_same(got, want)
+
+
+def test_saved_tensors_of_another_dtype_are_refused(device: torch.device) -> None:
+    x, w = leaf((2, 4, 6, 5), device), leaf((6, 4, 3, 3), device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.half()):
+        y = tc.conv2d(x, w, precision="ieee")
+    with pytest.raises(ArgumentTypeError, match="saved input"):
+        y.sum().backward()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonconv as tc
 from tritonconv.norm import calls
+from tritonconv.norm.api import batch_norm
 from tritonconv.runtime import recording
 
 pytestmark = pytest.mark.interpreter
@@ -104,3 +105,34 @@ def test_second_order_of_a_prepared_call(training: bool, device: torch.device) -
         (dx,) = torch.autograd.grad(y, x, grad, create_graph=True)
         results.append(torch.autograd.grad(dx.square().sum(), x)[0])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_saved_tensors_may_come_back_with_other_strides(
+    training: bool, device: torch.device
+) -> None:
+    norm = tc.nn.BatchNorm2d(6, activation=torch.relu, device=device).train(training)
+    x, grad, _ = _maps(torch.float32, device)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(norm(x), x, grad)
+
+    def turned(t: Tensor) -> Tensor:
+        return t.t().contiguous().t() if t.dim() == 2 else t.flip(-1).flip(-1).mT.contiguous().mT
+
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: turned(t) if t.dim() > 1 else t
+    ):
+        y = norm(x)
+    (found,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+def test_counters_of_another_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    x, *_ = _maps(torch.float32, device)
+    mean, var = torch.zeros(6, device=device), torch.ones(6, device=device)
+    tracked = torch.zeros((), dtype=dtype, device=device)
+    batch_norm(x, mean, var, training=True, num_batches_tracked=torch.zeros_like(tracked).long())
+    for count in (1, 2):
+        batch_norm(x, mean, var, training=True, num_batches_tracked=tracked)
+        assert tracked == count

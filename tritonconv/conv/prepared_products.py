@@ -59,7 +59,13 @@ def prepared_product(
 
     if not squeezed:
         return product
-    return lambda a, b: product(a.unsqueeze(2), b.unsqueeze(2)).squeeze(2)
+
+    def without_axis(a: Tensor, b: Tensor) -> Tensor:
+        out = product(a.unsqueeze(2), b.unsqueeze(2))
+        # No view: what a Function returns may be changed in place.
+        return torch.ops.aten._unsafe_view.default(out, (*out.shape[:2], *out.shape[3:]))
+
+    return without_axis
 
 
 def prepared_gradients(
@@ -103,7 +109,13 @@ def _pytorch_product(problem: ConvProblem, first: Tensor, second: Tensor) -> Pro
 
         def forward(x: Tensor, w: Tensor) -> Tensor:
             with cudnn_settings(allow_tf32=allow_tf32, deterministic=not settings.atomics):
-                y = _convolution(x, w, None, stride, pads, dilation, False, zeros, groups)
+                if torch._C._is_any_autocast_enabled():
+                    # A backward inside of a region would be computed in its dtype: the gradient of
+                    # a transposed convolution is this operator, which autocast casts for.
+                    with torch._C._DisableAutocast():
+                        y = _convolution(x, w, None, stride, pads, dilation, False, zeros, groups)
+                else:
+                    y = _convolution(x, w, None, stride, pads, dilation, False, zeros, groups)
             return y if y.stride() == strides else _laid_out(y, strides)
 
         return forward

@@ -16,6 +16,7 @@ import torch
 
 from ..runtime import library, tables
 from ..runtime.backend import uses_triton
+from ..runtime.errors import bad_type
 from . import ops
 from .dispatch import runner
 from .prepared_products import Product, prepared_gradients, prepared_product
@@ -49,6 +50,7 @@ class Products:
         geometry: tuple[Any, ...],
         in_size: list[int],
         kernel: list[int],
+        epoch: int,
     ) -> None:
         """Keep what the operators need.
 
@@ -58,9 +60,10 @@ class Products:
             result: spatial extent of a transposed convolution's result; None for a convolution.
             geometry: stride, padding, dilation, groups, precision as the operators take them.
             in_size, kernel: spatial extents of input and weight, with all axes of the problems.
+            epoch: of tables and settings when the product was looked for.
         """
         self.forward = forward
-        self.epoch = tables.epoch()
+        self.epoch = epoch
         self._squeezed = squeezed
         self._result = result
         self._geometry = geometry
@@ -136,6 +139,10 @@ class Products:
         """Bind the gradients' products; None where the operators are to compute them."""
         if any(t is not None and 0 in t.shape for t in (grad, x, w)):
             return None
+        for name, t in (("input", x), ("weight", w)):  # hooks may have changed them
+            if t is not None and (t.dtype is not grad.dtype or t.device != grad.device):
+                kept = f"{grad.dtype} on {grad.device}, as the gradient"
+                raise bad_type(f"saved {name}", kept, f"{t.dtype} on {t.device}")
         ops.refresh()
         g = self._lifted(grad)
         geometry, padding, device = self._geometry, self._geometry[1], grad.device
@@ -203,6 +210,7 @@ def prepared_products(
     """
     if not uses_triton(x.device) or not ops.has_kernels(x) or 0 in x.shape or 0 in w.shape:
         return None
+    epoch = tables.epoch()
     ops.refresh()
     if result is None:
         problem = ops.forward_problem(x, w, *geometry)
@@ -214,7 +222,8 @@ def prepared_products(
     if not found.asked.final:
         return None
     forward = prepared_product(found, x, w, geometry[1], squeezed)
-    return Products(forward, squeezed, result, geometry, list(x.shape[2:]), list(w.shape[2:]))
+    sizes = list(x.shape[2:]), list(w.shape[2:])
+    return Products(forward, squeezed, result, geometry, *sizes, epoch)
 
 
 class _Product(library.OpFunction):

@@ -36,7 +36,7 @@ def never_changes(fn: Any) -> Any:
     if isinstance(fn, types.BuiltinFunctionType):
         owner = fn.__self__
         return fn if owner is None or isinstance(owner, (types.ModuleType, type)) else None
-    if isinstance(fn, types.FunctionType) and fn.__module__.startswith("torch."):
+    if isinstance(fn, types.FunctionType) and (fn.__module__ or "").startswith("torch."):
         return fn if fn.__closure__ is None else None
     return None
 

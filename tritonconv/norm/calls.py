@@ -42,6 +42,7 @@ class Step:
         cumulative: bool,
         function: str,
         eps: float,
+        made: int,
     ) -> None:
         """Bind a call.
 
@@ -52,8 +53,9 @@ class Step:
             cumulative: whether the counter of calls is moved in front of the statistics.
             function: key of the activation.
             eps: added to the variance.
+            made: the epoch of settings when the launches were looked for.
         """
-        self.epoch = epoch()
+        self.epoch = made
         self.statistics = statistics
         self.apply = apply
         self.device = x.device
@@ -159,14 +161,17 @@ class _Step(torch.autograd.Function):
         step: Step = ctx.step
         needed = ctx.needs_input_grad[:4]
         x, weight, bias, residual, *rows = ctx.saved_tensors
-        if not torch.is_grad_enabled() and library.plain(grad) and type(x) in _TYPES:
-            key = (
-                needed,
-                grad.stride(),
-                x.stride(),
-                x.device,
-                None if residual is None else residual.stride(),
-            )
+        saved = (x, weight, bias, residual, *rows)
+        if (
+            not torch.is_grad_enabled()
+            and library.plain(grad)
+            and all(t is None or (type(t) in _TYPES and not t.is_neg()) for t in saved)
+            and rows[0].is_contiguous()
+            and (x.dtype, x.shape) == (grad.dtype, grad.shape)
+        ):
+            # Hooks of saved tensors may hand back other kinds of them.
+            kinds = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in saved]
+            key = (needed, grad.stride(), *kinds)
             found = step.backward.get(key)
             if found is not None and step.epoch == epoch():
                 return _launch(step, found, needed, grad, x, weight, bias, residual, rows)
@@ -323,6 +328,7 @@ def prepare(
         return None
     if residual is not None and residual.dtype is not x.dtype:
         return None
+    made = epoch()
     statistics, mean, var = None, running_mean, running_var
     cumulative = False
     if training:
@@ -340,7 +346,7 @@ def prepare(
         return None
     if len(_STEPS) >= _MAX_STEPS:
         _STEPS.clear()
-    step = _STEPS[key] = Step(statistics, found.executable, x, cumulative, function, eps)
+    step = _STEPS[key] = Step(statistics, found.executable, x, cumulative, function, eps, made)
     return step
 
 

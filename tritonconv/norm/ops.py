@@ -75,13 +75,16 @@ def prepared_statistics(
         x.device,
         kind(running_mean),
         kind(running_var),
-        tracked is None,
+        None if tracked is None else (tracked.dtype, tracked.device, tracked.numel()),
         momentum,
     )
     found = PREPARED.get(key)
     if found is None:
         found = WITH_TORCH
-        if serves(x, running):
+        counts = tracked is None or (
+            tracked.dtype is torch.int64 and tracked.device == x.device and tracked.numel() == 1
+        )
+        if counts and serves(x, running):
             last, form, copied = layout(x)
             plan = statistics_plan(
                 problem_of(x, last),

@@ -243,9 +243,13 @@ class _CudnnOrder:
 
     def __enter__(self) -> None:
         _CUDNN_LOCK.acquire()
-        if self._deterministic and not torch._C._get_cudnn_deterministic():
-            self._demand = True
-            torch._C._set_cudnn_deterministic(True)
+        try:
+            if self._deterministic and not torch._C._get_cudnn_deterministic():
+                self._demand = True
+                torch._C._set_cudnn_deterministic(True)
+        except BaseException:  # Ctrl-C: nobody would release it
+            self.__exit__()
+            raise
 
     def __exit__(self, *raised: object) -> None:
         if self._demand:
