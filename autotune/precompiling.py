@@ -157,13 +157,13 @@ def precompile(
     Example:
         Before the first step of a training run::
 
-            report = precompile(tritonconv.nn.convert(model).model, images, amp=torch.bfloat16)
-            print(report)
+            tritonconv.nn.convert(model)
+            print(precompile(model, images, amp=torch.bfloat16))
     """
     if not isinstance(model, nn.Module):
-        raise bad_type("model", "an nn.Module", model)
+        raise bad_type("model", "an nn.Module", type(model).__name__)
     if not isinstance(inputs, torch.Tensor):
-        raise bad_type("inputs", "a tensor", inputs)
+        raise bad_type("inputs", "a tensor", type(inputs).__name__)
     _check_jobs(jobs)
     facts = facts_of(inputs.device, target)
     pairs = harvest(model, inputs, amp=amp, backward=backward, by_kernel=True)

@@ -96,21 +96,10 @@ def normalise(
     residual: Tensor | None,
 ) -> Tensor | None:
     """:func:`batch_norm`; None, and nothing ran, where these kernels cannot call the activation."""
+    given = (input, running_mean, running_var, weight, bias, training, momentum, eps)
     key: Any = None
     if not torch.compiler.is_compiling():
-        key = calls.call_key(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked,
-            activation,
-            residual,
-        )
+        key = calls.call_key(*given, num_batches_tracked, activation, residual)
         step = None if key is None else calls.prepared(key)
         if step is not None:
             return step(
@@ -124,38 +113,12 @@ def normalise(
         num_batches_tracked = None
     if key is not None:
         # The first call too: a checkpoint's second run must save what its first one did.
-        step = calls.prepare(
-            key,
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked,
-            activation,
-            function,
-            residual,
-        )
+        step = calls.prepare(key, *given, num_batches_tracked, activation, function, residual)
         if step is not None:
             return step(
                 input, running_mean, running_var, num_batches_tracked, weight, bias, residual
             )
-    return _with_operators(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        num_batches_tracked,
-        function,
-        residual,
-    )
+    return _with_operators(*given, num_batches_tracked, function, residual)
 
 
 def _with_operators(
