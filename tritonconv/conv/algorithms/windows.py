@@ -227,13 +227,15 @@ def window_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[TileC
     block_n = power_of_two(problem.out_channels, 16, 128 if half else 64)
     small = problem.out_pixels < 64 * 132
     widest = triton.next_power_of_2(problem.out_channels)
+    # Wide tiles read a window less often: patches of many filters, not stems.
+    most_n = 256 if half and problem.out_channels > 128 else 128
     return ConfigSpace(
         TileConfig,
         (
             Int("num_stages", 2, 4),
             PowerOfTwo("num_warps", 2, 8),
             PowerOfTwo("block_m", 32, 256),
-            PowerOfTwo("block_n", 16, power_of_two(2 * widest, 16, 128)),
+            PowerOfTwo("block_n", 16, power_of_two(2 * widest, 16, most_n)),
             PowerOfTwo("block_k", 16, power_of_two(depth, 16, 64)),
             Choice("group_m", (8, 1)),
             Choice("split_k", (1,)),
