@@ -45,6 +45,7 @@ class SingleChannel(Algorithm):
         "single_run_gradients",
         "single_runs",
         "single_spaces",
+        "single_walk",
         "tiles",
     )
 

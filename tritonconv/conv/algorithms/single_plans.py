@@ -9,7 +9,14 @@ import triton
 
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from ..problem import ConvProblem
-from . import single_flat, single_forward, single_gradients, single_run_gradients, single_runs
+from . import (
+    single_flat,
+    single_forward,
+    single_gradients,
+    single_run_gradients,
+    single_runs,
+    single_walk,
+)
 from .common import (
     epilogue_arguments,
     lifted,
@@ -23,7 +30,8 @@ from .single_geometry import (
     FLAT,
     FMA,
     MMA,
-    RUNS,
+    RUN_ENGINES,
+    WALKS,
     Runs,
     SingleConfig,
     dgrad_tile,
@@ -72,7 +80,7 @@ def forward_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
         "BLOCK_W": config.block_w,
         "BLOCK_M": config.block_m,
     }
-    if config.engine == RUNS:
+    if config.engine in RUN_ENGINES:
         return _run_plan(problem, config, constexprs)
     if config.engine == FLAT:
         constexprs = _flat_constexprs(problem, constexprs)
@@ -126,7 +134,7 @@ def _run_constexprs(problem: ConvProblem, config: SingleConfig, runs: Runs) -> d
 
 def _run_plan(problem: ConvProblem, config: SingleConfig, constexprs: dict[str, Any]) -> LaunchPlan:
     """Two launches: the weights unrolled along the span, then the product."""
-    runs = runs_of(problem, config.span)
+    runs = runs_of(problem, config.span, config.engine)
     assert runs is not None, "the space has no runs for this problem"
     epilogue = epilogue_arguments(problem)
     tiles_m = cdiv(problem.out_channels, config.block_m)
@@ -149,9 +157,12 @@ def _run_plan(problem: ConvProblem, config: SingleConfig, constexprs: dict[str, 
         },
         num_warps=4,
     )
+    tiles = tiles_of(problem, config)
+    walked = config.engine in WALKS
+    kernel = single_runs.single_forward_run_kernel
     product = KernelCall(
-        single_runs.single_forward_run_kernel,
-        (tiles_of(problem, config) * tiles_m, 1, 1),
+        single_walk.single_forward_walk_kernel if walked else kernel,
+        (min(tiles, config.split), tiles_m, 1) if walked else (tiles * tiles_m, 1, 1),
         (
             Slot("input"),
             Slot("unrolled"),
@@ -160,6 +171,7 @@ def _run_plan(problem: ConvProblem, config: SingleConfig, constexprs: dict[str, 
             epilogue.pointers,
             epilogue.strides,
             *spatial_arguments(problem),
+            *((tiles,) if walked else ()),
         ),
         {
             **constexprs,
@@ -177,7 +189,7 @@ def _run_plan(problem: ConvProblem, config: SingleConfig, constexprs: dict[str, 
 
 def wgrad_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
     """One launch; two where the pixels are split."""
-    if config.engine == RUNS:
+    if config.engine in RUN_ENGINES:
         return _wgrad_run_plan(problem, config)
     depth = problem.taps * problem.in_channels
     block_k = power_of_two(depth, 16, 64)
@@ -233,7 +245,7 @@ def wgrad_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
 
 def _wgrad_run_plan(problem: ConvProblem, config: SingleConfig) -> LaunchPlan:
     """Two launches: the products of all pairs, then the sums over splits and spans."""
-    runs = runs_of(problem, config.span)
+    runs = runs_of(problem, config.span, config.engine)
     assert runs is not None, "the space has no runs for this problem"
     per_split, splits = split_tiles(problem, config)
     tiles_m = cdiv(problem.out_channels, config.block_m)
