@@ -62,7 +62,7 @@ def matplotlib() -> Any:
 
 
 @contextmanager
-def _figure(width: float, height: float, caption: str) -> Iterator[Figure]:
+def figure_in_style(width: float, height: float, caption: str) -> Iterator[Figure]:
     """A figure in our style with the caption below it."""
     with matplotlib().rc_context(_STYLE):
         figure_class = need("matplotlib.figure", "drawing plots", "tritonconv[demo]").Figure
@@ -92,7 +92,7 @@ def save(figure: Figure, path: Path, form: str) -> Path:
 
 def draw_best_so_far(curves: Sequence[StrategyCurve], caption: str) -> Figure:
     """Best time so far over the best in the recorded table, against wall time per problem."""
-    with _figure(6.4, 3.8, caption) as figure:
+    with figure_in_style(6.4, 3.8, caption) as figure:
         ax = figure.subplots()
         end = max((curve.points[-1][0] for curve in curves), default=1.0)
         for index, curve in enumerate(curves):
@@ -110,8 +110,8 @@ def draw_best_so_far(curves: Sequence[StrategyCurve], caption: str) -> Figure:
         ax.axhline(1, color=BLACK, linewidth=0.8)
         ax.set_xscale("log")
         ax.set_yscale("log")
-        _plain_ticks(ax.yaxis, [v for curve in curves for _, v in curve.points])
-        _plain_ticks(ax.xaxis, [t for curve in curves for t, _ in curve.points])
+        plain_ticks(ax.yaxis, [v for curve in curves for _, v in curve.points])
+        plain_ticks(ax.xaxis, [t for curve in curves for t, _ in curve.points])
         ax.set_xlabel("compiling and measuring, seconds per problem")
         ax.set_ylabel("best so far / best of all configs")
         ax.legend(loc="upper right")
@@ -125,7 +125,7 @@ def draw_sorted(found: Sequence[SortedTimings], caption: str) -> Figure:
     shown = found[:PANELS]
     columns = min(3, len(shown))
     lines = math.ceil(len(shown) / columns)
-    with _figure(3.3 * columns + 0.6, 2.7 * lines + 0.5, caption) as figure:
+    with figure_in_style(3.3 * columns + 0.6, 2.7 * lines + 0.5, caption) as figure:
         axes = figure.subplots(lines, columns, squeeze=False)
         for ax in axes.flat[len(shown) :]:
             ax.remove()
@@ -162,7 +162,7 @@ def draw_sorted(found: Sequence[SortedTimings], caption: str) -> Figure:
                         label=text,
                     )
             ax.set_yscale("log")
-            _plain_ticks(ax.yaxis, [row.p50_us for row in rows])
+            plain_ticks(ax.yaxis, [row.p50_us for row in rows])
             failed = sum(timings.failed.values())
             note = f", {failed} failed" if failed else ""
             ax.set_title(f"{timings.problem}\n{len(rows)} timed{note}", loc="left")
@@ -178,7 +178,7 @@ def draw_marginals(problem: str, found: Sequence[Marginal], caption: str) -> Fig
     """The best and the median time by each parameter of the winner's algorithm."""
     columns = min(4, max(len(found), 1))
     lines = max(1, math.ceil(len(found) / columns))
-    with _figure(2.3 * columns + 0.6, 2.3 * lines + 0.6, caption) as figure:
+    with figure_in_style(2.3 * columns + 0.6, 2.3 * lines + 0.6, caption) as figure:
         axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
         for ax in axes.flat[len(found) :]:
             ax.remove()
@@ -192,7 +192,7 @@ def draw_marginals(problem: str, found: Sequence[Marginal], caption: str) -> Fig
             ax.set_xlabel(marginal.parameter.partition(".")[2])
         values = [v for m in found for v in (*m.best, *m.typical)]
         if values:
-            _plain_ticks(axes.flat[0].yaxis, values)
+            plain_ticks(axes.flat[0].yaxis, values)
             axes.flat[0].legend(loc="best")
         for row_axes in axes:
             row_axes[0].set_ylabel("time / best")
@@ -203,7 +203,7 @@ def draw_marginals(problem: str, found: Sequence[Marginal], caption: str) -> Fig
 
 def draw_roofline(found: Roofline, caption: str) -> Figure:
     """Tuned problems and their defaults under the measured roofs."""
-    with _figure(6.4, 4.4, caption) as figure:
+    with figure_in_style(6.4, 4.4, caption) as figure:
         ax = figure.subplots()
         points = found.points
         xs = [point.intensity for point in points] or [1.0]
@@ -258,8 +258,8 @@ def draw_roofline(found: Roofline, caption: str) -> Figure:
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlim(left, right)
-        _plain_ticks(ax.xaxis, [left, right])
-        _plain_ticks(ax.yaxis, ax.get_ylim())
+        plain_ticks(ax.xaxis, [left, right])
+        plain_ticks(ax.yaxis, ax.get_ylim())
         ax.set_xlabel("floating-point operations per byte of compulsory traffic")
         ax.set_ylabel("TFLOP/s")
         ax.legend(loc="lower right")
@@ -278,7 +278,7 @@ def draw_heat_map(found: HeatMap, title: str, caption: str) -> Figure:
     rows, columns = len(found.rows), len(found.columns)
     names = max((len(row) for row in found.rows), default=0)
     width = 0.068 * names + 0.75 * columns + 1.6
-    with _figure(max(width, 5.0), 0.24 * rows + 1.8, caption) as figure:
+    with figure_in_style(max(width, 5.0), 0.24 * rows + 1.8, caption) as figure:
         ax = figure.subplots()
         cells = [[math.nan if v is None else math.log2(v) for v in row] for row in found.values]
         known = [abs(v) for row in cells for v in row if not math.isnan(v)]
@@ -308,7 +308,7 @@ def draw_heat_map(found: HeatMap, title: str, caption: str) -> Figure:
 
 def draw_regret(found: RegretSummary, caption: str) -> Figure:
     """Regret of every problem had it not been tuned itself, sorted, by the tier that serves it."""
-    with _figure(6.4, 3.8, caption) as figure:
+    with figure_in_style(6.4, 3.8, caption) as figure:
         ax = figure.subplots()
         counted = [(row, row.ratio) for row in found.rows if row.ratio is not None]
         counted.sort(key=lambda item: item[1])
@@ -345,7 +345,7 @@ def draw_regret(found: RegretSummary, caption: str) -> Figure:
                 fontsize=8,
             )
         ax.set_yscale("log")
-        _plain_ticks(ax.yaxis, [r for _, r in counted] or [1.0])
+        plain_ticks(ax.yaxis, [r for _, r in counted] or [1.0])
         ax.set_xlabel("problem, by regret")
         ax.set_ylabel("time as looked up / time as tuned")
         ax.legend(loc="upper left", title="served by", title_fontsize=8)
@@ -360,7 +360,7 @@ def draw_agreement(found: Agreement, caption: str) -> Figure:
     rows = found.rows
     names = max((len(row.problem) for row in rows), default=0)
     width = 0.066 * names + 2 * (0.24 * found.runs) + 1.6
-    with _figure(max(width, 5.5), 0.22 * len(rows) + 1.9, caption) as figure:
+    with figure_in_style(max(width, 5.5), 0.22 * len(rows) + 1.9, caption) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         colours = ["#E8EDF1", BLUE, RED, GREEN, PURPLE, BLACK]  # the usual pick is pale
         palette = need("matplotlib.colors", "drawing plots", "tritonconv[demo]")
@@ -399,7 +399,7 @@ def draw_agreement(found: Agreement, caption: str) -> Figure:
     return figure
 
 
-def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
+def plain_ticks(axis: Any, values: Sequence[float]) -> None:
     """Round numbers, written plainly, on a logarithmic axis that may span little or much."""
     ticker = need("matplotlib.ticker", "drawing plots", "tritonconv[demo]")
     axis.set_major_locator(ticker.FixedLocator(round_ticks(min(values), max(values))))

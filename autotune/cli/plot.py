@@ -16,7 +16,7 @@ from tritonconv.runtime.errors import ArgumentValueError, bad_value
 from tritonconv.runtime.operators import Field, Problem, get_operator, operator_names
 from tritonconv.runtime.tables import Entry, Trial
 
-from .. import analysis, landscape, plots
+from .. import analysis, class_plots, classes, landscape, plots
 from ..replay import compare_strategies
 from ..store import Store
 from .common import (
@@ -48,6 +48,14 @@ class Kind(StrEnum):
     SPEEDUP = "speedup"
     REGRET = "regret"
     AGREEMENT = "agreement"
+    CLASSES = "classes"
+
+
+class By(StrEnum):
+    """What the points of a roofline are told apart by."""
+
+    ARITHMETIC = "arithmetic"
+    CLASS = "class"
 
 
 class Format(StrEnum):
@@ -100,6 +108,9 @@ def plot(
     contender: Annotated[
         str, typer.Option("--contender", help="speedup by fields: over default, or an algorithm.")
     ] = landscape.DEFAULT,
+    by: Annotated[
+        By, typer.Option("--by", help="roofline: by class draws ours and PyTorch's kernel.")
+    ] = By.ARITHMETIC,
     jobs: Annotated[
         int, typer.Option("--jobs", min=1, help="best-so-far: processes that compile.")
     ] = 1,
@@ -121,7 +132,8 @@ def plot(
     problems with the band of ties. marginals: time by each parameter. roofline: problems under the
     roofs of their device. speedup: the winner over the default and every algorithm, or with --rows
     and --columns by two fields. regret: what the lookup would have cost each problem without its
-    own entry. agreement: what repeated tunes, in several --tables, picked.
+    own entry. agreement: what repeated tunes, in several --tables, picked. classes: generated
+    kernels over PyTorch's, by class of convolution.
 
     With --json a file is written only where --out asks for one.
     """
@@ -151,7 +163,7 @@ def plot(
     elif len(runs) > 1:
         raise bad_value("--tables", f"one directory for {kind}", len(runs))
     else:
-        made = _plot_of(kind, runs[0], rows, columns, contender, jobs, out)
+        made = _plot_of(kind, runs[0], rows, columns, contender, by, jobs, out)
     caption = caption_of([entry for run in runs for entry in run])
     payload = {"kind": str(kind), "caption": caption, **made.numbers}
     if written is not None:
@@ -278,9 +290,12 @@ def _plot_of(
     rows: str | None,
     columns: str | None,
     contender: str,
+    by: By,
     jobs: int,
     out: Output,
 ) -> _Plot:
+    if kind is Kind.CLASSES or (kind is Kind.ROOFLINE and by is By.CLASS):
+        return _by_class(kind, entries, out)
     if kind is Kind.BEST_SO_FAR:
         return _best_so_far(entries, jobs)
     if kind in (Kind.SORTED, Kind.MARGINALS):
@@ -296,6 +311,39 @@ def _plot_of(
     if kind is Kind.REGRET:
         return _regret(entries)
     return _speedup(entries, rows, columns, contender)
+
+
+def _by_class(kind: Kind, entries: Sequence[Entry], out: Output) -> _Plot:
+    full = [entry for entry in entries if not classes.is_compact(entry)]
+    if len(full) < len(entries):
+        out.say(
+            f"{len(entries) - len(full)} entries came from a bundle, which leaves out the losers, "
+            "PyTorch's kernel among them: not drawn"
+        )
+    summary = classes.summarize_classes(full)
+    if not summary.rows:
+        raise bad_value(
+            "tables", "convolutions tuned there, with PyTorch's kernel timed beside ours", "none"
+        )
+    means = {
+        direction: analysis.geomean(
+            row.generated for row in summary.rows for _ in range(row.problems)
+            if row.direction == direction
+        )
+        for direction in classes.DIRECTIONS
+    }  # fmt: skip
+    said = ", ".join(f"{name} {value:.2f}x" for name, value in means.items() if value)
+    text = (
+        f"{summary.compared} problems ({summary.left_out} left out: fused, or without a rival): "
+        f"{said} PyTorch's kernel"
+    )
+    if kind is Kind.CLASSES:
+        numbers = {**_json(summary), "geomean": means}
+        return _Plot(numbers, text, lambda caption: class_plots.draw_classes(summary, caption))
+    roof = classes.roofline_of_classes(full, _device(full[0]), _problem)
+    return _Plot(
+        _json(roof), text, lambda caption: class_plots.draw_roofline_of_classes(roof, caption)
+    )
 
 
 def _drawer(name: str, *numbers: Any) -> Any:

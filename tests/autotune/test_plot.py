@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import H100, fill, pairs, record
+from synthetic import H100, fill, pairs, record, trial
 from typer.testing import CliRunner
 
 from tritonconv.autotune import plots
 from tritonconv.autotune.cli import app
 from tritonconv.autotune.cli.plot import Kind
+from tritonconv.autotune.search import Status
 from tritonconv.runtime.device import nominal_device
 from tritonconv.runtime.tables import environment
 
@@ -28,7 +30,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Cache directories of two tunes of the same problems."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in range(2):
-        fill(folder / str(seed), [record(o, p, seed=seed, most=30) for o, p in PROBLEMS])
+        entries = [record(o, p, seed=seed, most=30) for o, p in PROBLEMS]
+        # PyTorch's kernel as the slowest, and more recorded than the date, as a tuner does.
+        slow = trial("aten", {}, 1e4, Status.TIMED)
+        entries = [
+            replace(e, trials=(*e.trials, slow), recorded={**e.recorded, "effort": "full"})
+            for e in entries
+        ]
+        fill(folder / str(seed), entries)
     return folder / "0", folder / "1"
 
 
