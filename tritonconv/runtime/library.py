@@ -50,6 +50,19 @@ def plain(x: Any) -> bool:
     )
 
 
+def _has_memory(t: Any) -> bool:
+    """Whether a tensor is its numbers in memory, and no stand-in for others.
+
+    What a transform saved stays wrapped when its pull-back is called outside of the transform.
+    """
+    return (
+        type(t) in PLAIN_TYPES
+        and not t.is_meta
+        and not t.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
 class Op:
     """An operator of this library: callable like its overload, cheaper where that is allowed."""
 
@@ -120,18 +133,14 @@ class Op:
         if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
             return False
         for k in self.tensors:
-            tensor = args[k]
-            if type(tensor) not in PLAIN_TYPES or tensor.is_meta or tensor.is_neg():
+            if not _has_memory(args[k]):
                 return False
         for k in self.optional:
-            tensor = args[k]
-            if tensor is not None and (
-                type(tensor) not in PLAIN_TYPES or tensor.is_meta or tensor.is_neg()
-            ):
+            if args[k] is not None and not _has_memory(args[k]):
                 return False
         for k in self.lists:
             for tensor in args[k]:
-                if type(tensor) not in PLAIN_TYPES or tensor.is_meta or tensor.is_neg():
+                if not _has_memory(tensor):
                     return False
         return True
 
