@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._inductor import compile_fx
 from torch._inductor.utils import run_and_get_code
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -276,7 +277,8 @@ def test_compiled_block(autocast: bool) -> None:
     model = torch.compile(compiled, fullgraph=True)
     with tc.backend("torch"):
         expected = _step(eager, eager, autocast)
-        found, sources = run_and_get_code(lambda: _step(model, compiled, autocast))
+        with torch._inductor.config.patch(force_disable_caches=True):
+            found, sources = run_and_get_code(lambda: _step(model, compiled, autocast))
     torch._dynamo.reset()
     tolerance = {"rtol": 0.05, "atol": 0.02} if autocast else {"rtol": 1e-4, "atol": 1e-5}
     for a, b in zip(found, expected, strict=True):
@@ -311,9 +313,34 @@ def test_compiled_block(autocast: bool) -> None:
         assert len(maps) <= 4, maps
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_compiled_code_changes_may_be_in_a_captured_graph() -> None:
+    """PyTorch captures a graph where only parameters and buffers, which stay in place, change."""
+    changed: list[tuple[set[int], set[int]]] = []
+
+    def inner(module: Any, inputs: Any, **options: Any) -> Any:
+        made = compile_fx.compile_fx_inner(module, inputs, **options)
+        changed.append((set(made.mutated_input_idxs), set(options["static_input_idxs"])))
+        return made
+
+    def backend(module: Any, inputs: Any) -> Any:
+        return compile_fx.compile_fx(module, inputs, inner_compile=inner)
+
+    torch._dynamo.reset()
+    net = _converted()
+    with tc.backend("torch"), torch._inductor.config.patch(force_disable_caches=True):
+        _step(torch.compile(net, fullgraph=True, backend=backend), net, autocast=False)
+    torch._dynamo.reset()
+    (forward, static), (backward, _) = changed
+    assert len(forward) == 12 and forward <= static  # three buffers of four batch norms
+    assert not backward
+
+
 def test_operators_may_be_captured_in_graphs() -> None:
     for op, _ in calls(torch.device("cpu")).values():
         tags = op.overload.tags
         assert torch.Tag.pt2_compliant_tag in tags
         unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
         assert unsafe is None or unsafe not in tags
+        exact = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
+        assert exact in tags  # results follow the strides of what they are given

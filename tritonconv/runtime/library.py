@@ -28,6 +28,13 @@ class ForwardModeError(TritonConvError, NotImplementedError):
     """Forward-mode differentiation was asked for; a tangent is never dropped silently."""
 
 
+# Results follow the strides of the inputs: compiled code must not choose others than the fakes saw.
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+)
+
+
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -175,7 +182,7 @@ def define(
         autograd: kernel for the Autograd key, called with the operator's arguments when some
             input requires a gradient; typically ends in :meth:`OpFunction.run`.
     """
-    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(f"{name}{schema}", tags=_TAGS)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"tritonconv::{name}", fake, lib=LIBRARY)
