@@ -24,7 +24,6 @@ from .dispatch import Runner, runner
 from .epilogue import apply_with_torch
 from .ops import (
     CONV,
-    CONV_DGRAD,
     CONV_WGRAD,
     FORWARD,
     GEOMETRY,
@@ -33,6 +32,7 @@ from .ops import (
     dgrad_problem,
     dgrad_with_torch,
     forward_problem,
+    gradients,
     has_kernels,
     is_channels_last,
     note,
@@ -263,10 +263,9 @@ class _Epilogue(library.OpFunction):
             through = grad_acc
         grad_x = grad_w = None
         if through is not None and ctx.result is None:
-            if need_x:
-                grad_x = CONV_DGRAD(through, w, ctx.in_size, *ctx.geometry)
-            if need_w:
-                grad_w = CONV_WGRAD(through, x, ctx.kernel, *ctx.geometry)
+            grad_x, grad_w = gradients(
+                through, x, w, need_x, need_w, ctx.in_size, ctx.kernel, ctx.geometry
+            )
         elif through is not None:
             if need_x:
                 grad_x = CONV(through, w, *ctx.geometry)

@@ -6,6 +6,9 @@ three operators give every order.
     y = conv(x, w):    grad_x = dgrad(g, w),   grad_w = wgrad(g, x)
     x = dgrad(g, w):   grad_g = conv(u, w),    grad_w = wgrad(g, u)
     w = wgrad(g, x):   grad_g = conv(x, v),    grad_x = dgrad(g, v)
+
+A fourth, ``gradients(g, x, w)``, is the pair (dgrad(g, w), wgrad(g, x)): where PyTorch's kernel was
+chosen for both, one call of it computes them.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ from ..runtime.backend import uses_triton
 from ..runtime.compat import cudnn_settings
 from ..runtime.settings import settings
 from . import dispatch, pytorch
-from .algorithms import common
 from .dispatch import Runner, runner
+from .prepared_products import Gradients, Product, prepared_gradients, prepared_product
 from .problem import ConvProblem, Direction, EpilogueSpec, dense_strides, output_size
 
 Tensor = torch.Tensor
@@ -65,7 +68,9 @@ def empty(shape: Sequence[Any], dtype: torch.dtype, device: Any, channels_last: 
 
 
 FORWARD: dict[Any, tuple[Runner | None, tuple[int, ...], tuple[int, ...]]] = {}
-_BACKWARD: dict[Any, tuple[Runner, tuple[int, ...], tuple[int, ...]]] = {}
+"""Products with an epilogue."""
+_PRODUCTS: dict[Any, Product] = {}
+_GRADIENTS: dict[Any, Gradients] = {}
 
 
 _prepared_epoch = -1
@@ -75,11 +80,12 @@ _MAX_PREPARED = 4096
 def refresh() -> None:
     """Drop every prepared call when tables or settings have changed, or there are too many."""
     global _prepared_epoch
-    full = len(FORWARD) + len(_BACKWARD) > _MAX_PREPARED
+    full = len(FORWARD) + len(_PRODUCTS) + len(_GRADIENTS) > _MAX_PREPARED
     if full or _prepared_epoch != tables.epoch():
         _prepared_epoch = tables.epoch()
         FORWARD.clear()
-        _BACKWARD.clear()
+        _PRODUCTS.clear()
+        _GRADIENTS.clear()
         dispatch.forget()
 
 
@@ -206,18 +212,12 @@ def _conv(
         groups,
         precision,
     )
-    found = FORWARD.get(key)
-    if found is None:
-        found = _prepare_forward(key, x, w, stride, padding, dilation, groups, precision)
-    prepared, shape, strides = found
-    if prepared is None:
-        return product_with_torch(x, w, stride, padding, dilation, groups, precision)
-    if prepared.executable is None:
-        named = {"input": x, "weight": w}
-        return prepared.algorithm.compute(prepared.problem, named)  # type: ignore[attr-defined]
-    y = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
-    prepared.executable(x, w, y)
-    return y
+    product = _PRODUCTS.get(key)
+    if product is None:
+        product = _prepare_forward(key, x, w, stride, padding, dilation, groups, precision)
+        if product is None:
+            return product_with_torch(x, w, stride, padding, dilation, groups, precision)
+    return product(x, w)
 
 
 def product_with_torch(
@@ -249,17 +249,18 @@ def _prepare_forward(
     dilation: list[int],
     groups: int,
     precision: str,
-) -> tuple[Runner | None, tuple[int, ...], tuple[int, ...]]:
+) -> Product | None:
     problem = forward_problem(x, w, stride, padding, dilation, groups, precision)
     triton = uses_triton(x.device) and has_kernels(x)
     triton = triton and 0 not in problem.y_shape and 0 not in problem.w_shape
     if not triton:
         note(problem)
-        return None, problem.y_shape, problem.y_strides
-    found = (runner(problem, x.device), problem.y_shape, problem.y_strides)
-    if found[0].asked.final:
-        FORWARD[key] = found
-    return found
+        return None
+    found = runner(problem, x.device)
+    product = prepared_product(found, x, w, padding)
+    if found.asked.final:
+        _PRODUCTS[key] = product
+    return product
 
 
 def conv_fake(
@@ -336,8 +337,8 @@ def _gradient(
         groups,
         precision,
     )
-    found = _BACKWARD.get(key)
-    if found is None:
+    product = _PRODUCTS.get(key)
+    if product is None:
         strides = dense_strides(shape, channels_last)
         result, given = (shape, strides), (tuple(other.shape), tuple(other.stride()))
         x, w = (result, given) if direction is Direction.DGRAD else (given, result)
@@ -345,17 +346,63 @@ def _gradient(
         if not uses_triton(grad.device) or not has_kernels(grad):
             note(problem)
             return _gradient_with_torch(problem, grad, other, channels_last, geometry)
-        found = (runner(problem, grad.device), shape, strides)
-        if found[0].asked.final:
-            _BACKWARD[key] = found
-    prepared, shape, strides = found
-    if prepared.executable is None:
-        names = common.slot_names(direction)
-        named = {names[0]: grad, names[1]: other}
-        return prepared.algorithm.compute(prepared.problem, named)  # type: ignore[attr-defined]
-    out = torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device)
-    prepared.executable(grad, other, out)
-    return out
+        found = runner(problem, grad.device)
+        product = prepared_product(found, grad, other, padding)
+        if found.asked.final:
+            _PRODUCTS[key] = product
+    return product(grad, other)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    w: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    refresh()
+    key = (
+        grad.shape,
+        grad.stride(),
+        x.shape,
+        x.stride(),
+        w.shape,
+        w.stride(),
+        grad.dtype,
+        grad.device,
+        *stride,
+        *padding,
+        *dilation,
+        groups,
+        precision,
+    )
+    found = _GRADIENTS.get(key)
+    if found is not None:
+        return found(grad, x, w)
+    geometry = (stride, padding, dilation, groups, precision)
+    in_size, kernel = list(x.shape[2:]), list(w.shape[2:])
+    if (
+        not uses_triton(grad.device)
+        or not has_kernels(grad)
+        or 0 in (*grad.shape, *x.shape, *w.shape)
+    ):
+        return _dgrad(grad, w, in_size, *geometry), _wgrad(grad, x, kernel, *geometry)
+    by_x = runner(dgrad_problem(grad, w, in_size, geometry), grad.device)
+    by_w = runner(wgrad_problem(grad, x, kernel, geometry), grad.device)
+    found = prepared_gradients(by_x, by_w, grad, x, w, padding)
+    if found is None:
+        dgrad = prepared_product(by_x, grad, w, padding)
+        wgrad = prepared_product(by_w, grad, x, padding)
+
+        def found(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+            return dgrad(grad, w), wgrad(grad, x)
+
+    if by_x.asked.final and by_w.asked.final:
+        _GRADIENTS[key] = found
+    return found(grad, x, w)
 
 
 def _gradient_with_torch(
@@ -428,6 +475,11 @@ def _wgrad_fake(
     return empty(shape, grad.dtype, grad.device, is_channels_last(x))
 
 
+def _gradients_fake(grad: Tensor, x: Tensor, w: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
+    by_x = dgrad_fake(grad, w, list(x.shape[2:]), *geometry)
+    return by_x, _wgrad_fake(grad, x, list(w.shape[2:]), *geometry)
+
+
 class _Conv(library.OpFunction):
     """y = conv(x, w)."""
 
@@ -447,9 +499,28 @@ class _Conv(library.OpFunction):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, w = ctx.saved_tensors
         need_x, need_w = ctx.needs_input_grad[:2]
-        grad_x = CONV_DGRAD(grad, w, ctx.in_size, *ctx.geometry) if need_x else None
-        grad_w = CONV_WGRAD(grad, x, ctx.kernel, *ctx.geometry) if need_w else None
-        return (grad_x, grad_w) + (None,) * len(ctx.geometry)
+        by_x, by_w = gradients(grad, x, w, need_x, need_w, ctx.in_size, ctx.kernel, ctx.geometry)
+        return (by_x, by_w) + (None,) * len(ctx.geometry)
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    need_x: bool,
+    need_w: bool,
+    in_size: list[int],
+    kernel: list[int],
+    geometry: Sequence[Any],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a convolution by x (which needs w) and by w (which needs x), differentiably."""
+    if need_x and need_w:
+        by_x, by_w = CONV_GRADIENTS(grad, x, w, *geometry)
+        return by_x, by_w
+    return (
+        CONV_DGRAD(grad, w, in_size, *geometry) if need_x else None,
+        CONV_WGRAD(grad, x, kernel, *geometry) if need_w else None,
+    )
 
 
 class _Dgrad(library.OpFunction):
@@ -498,6 +569,39 @@ class _Wgrad(library.OpFunction):
         return (grad_grad, grad_x, None) + (None,) * len(ctx.geometry)
 
 
+class _Gradients(library.OpFunction):
+    """x, w = dgrad(g, w), wgrad(g, x)."""
+
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor, w: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
+        by_x, by_w = CONV_GRADIENTS.below_autograd(grad, x, w, *geometry)
+        return by_x, by_w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        grad, x, w, *ctx.geometry = inputs
+        ctx.save_for_backward(grad, x, w)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, by_x: Tensor | None, by_w: Tensor | None) -> tuple[Any, ...]:
+        grad, x, w = ctx.saved_tensors
+        need_grad, need_x, need_w = ctx.needs_input_grad[:3]
+        grad_grad = grad_x = grad_w = None
+        if by_x is not None:
+            if need_grad:
+                grad_grad = CONV(by_x, w, *ctx.geometry)
+            if need_w:
+                grad_w = CONV_WGRAD(grad, by_x, list(w.shape[2:]), *ctx.geometry)
+        if by_w is not None:
+            if need_grad:
+                more = CONV(x, by_w, *ctx.geometry)
+                grad_grad = more if grad_grad is None else grad_grad + more
+            if need_x:
+                grad_x = CONV_DGRAD(grad, by_w, list(x.shape[2:]), *ctx.geometry)
+        return (grad_grad, grad_x, grad_w) + (None,) * len(ctx.geometry)
+
+
 CONV = library.define(
     "conv",
     f"(Tensor input, Tensor weight, {GEOMETRY}) -> Tensor",
@@ -518,4 +622,11 @@ CONV_WGRAD = library.define(
     _wgrad,
     _wgrad_fake,
     _Wgrad.run,
+)
+CONV_GRADIENTS = library.define(
+    "conv_gradients",
+    f"(Tensor grad_output, Tensor input, Tensor weight, {GEOMETRY}) -> (Tensor, Tensor)",
+    _gradients,
+    _gradients_fake,
+    _Gradients.run,
 )

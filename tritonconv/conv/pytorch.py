@@ -6,6 +6,7 @@ Shared by the specification (``reference.py``) and by the candidate that calls P
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,13 @@ def forward(
     if any(extra):
         x = F.pad(x, extra)
     zeros = [0] * len(common)
-    return torch.ops.aten.convolution(
-        x, w, bias, list(stride), common, list(dilation), False, zeros, groups
-    )
+    # Autocast casts for this operator, not for the gradients': what is computed here was cast where
+    # it was asked for, and in a backward that runs inside of a region it must stay as it is.
+    region = torch._C._is_any_autocast_enabled()
+    with torch._C._DisableAutocast() if region else nullcontext():
+        return torch.ops.aten.convolution(
+            x, w, bias, list(stride), common, list(dilation), False, zeros, groups
+        )
 
 
 def dgrad(

@@ -3,6 +3,10 @@
 ``define``/``impl`` costs a tenth of ``torch.library.custom_op`` per call. Autograd is a Python
 kernel for the Autograd key around a ``torch.autograd.Function``, so that operators are
 differentiable wherever they are called from: eager code, ``torch.compile``, ``torch.func``.
+
+What ``torch.compile`` generates calls ``torch.ops.tritonconv.NAME.default``. Where nobody could
+notice, that call goes straight to the implementation: PyTorch's dispatcher would enter Python
+twice, for the Autograd key and for the device's, and make the arguments anew each time.
 """
 
 from __future__ import annotations
@@ -22,6 +26,13 @@ LIBRARY = torch.library.Library("tritonconv", "DEF")
 
 class ForwardModeError(TritonConvError, NotImplementedError):
     """Forward-mode differentiation was asked for; a tangent is never dropped silently."""
+
+
+# Results follow the strides of the inputs: compiled code must not choose others than the fakes saw.
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
+)
 
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
@@ -46,6 +57,19 @@ def plain(x: Any) -> bool:
     )
 
 
+def _has_memory(t: Any) -> bool:
+    """Whether a tensor is its numbers in memory, and no stand-in for others.
+
+    What a transform saved stays wrapped when its pull-back is called outside of the transform.
+    """
+    return (
+        type(t) in PLAIN_TYPES
+        and not t.is_meta
+        and not t.is_neg()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
 class Op:
     """An operator of this library: callable like its overload, cheaper where that is allowed."""
 
@@ -53,11 +77,14 @@ class Op:
         self, overload: Any, implementation: Callable[..., Any], autograd: Callable[..., Any]
     ) -> None:
         self.overload = overload
+        self.dispatched = overload.op
+        """The way through PyTorch's dispatcher, always."""
         self.implementation = implementation
         self.autograd = autograd
         # Where the tensors are is known from the schema: looking at every argument of every call
         # for one would cost more than the rest of the dispatch.
         kinds = [str(argument.type) for argument in overload._schema.arguments]
+        self.count = len(kinds)
         self.tensors = tuple(k for k, kind in enumerate(kinds) if kind == "Tensor")
         self.optional = tuple(k for k, kind in enumerate(kinds) if kind == "Optional[Tensor]")
         self.lists = tuple(k for k, kind in enumerate(kinds) if kind == "List[Tensor]")
@@ -71,7 +98,7 @@ class Op:
             _refuse_tangents(str(self.overload), args)
             return self.autograd(*args)
         if not self._plain(args):
-            return self.overload(*args)
+            return self.dispatched(*args)
         if torch.is_grad_enabled() and self._requires_grad(args):
             return self.autograd(*args)
         return self.implementation(*args)
@@ -81,25 +108,46 @@ class Op:
         if not torch._C._are_functorch_transforms_active() and self._plain(args):
             return self.implementation(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*args)
+            return self.dispatched(*args)
+
+    def shorten(self) -> None:
+        """Let calls of the overload skip PyTorch's dispatcher where it would change nothing.
+
+        That is in plain code that records no gradient, as in the code that ``torch.compile`` makes.
+        Whoever looks at operators (modes, transforms, tracing, subclasses) still meets this one.
+        Called before the overload is in any dictionary: its hash is that of what it calls.
+        """
+        dispatched, count, implementation = self.dispatched, self.count, self.implementation
+        plain, requires_grad = self._plain, self._requires_grad
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if (
+                kwargs
+                or len(args) != count
+                or torch._C._are_functorch_transforms_active()
+                or torch._C._len_torch_function_stack()
+                or not plain(args)
+                or (torch.is_grad_enabled() and requires_grad(args))
+            ):
+                return dispatched(*args, **kwargs)
+            return implementation(*args)
+
+        call.__name__, call.__module__ = dispatched.__name__, dispatched.__module__
+        self.overload._op = call
 
     def _plain(self, args: Sequence[Any]) -> bool:
         """:func:`plain` for all tensors of a call, outside ``torch.compile`` and ``torch.func``."""
         if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
             return False
         for k in self.tensors:
-            tensor = args[k]
-            if type(tensor) not in PLAIN_TYPES or tensor.is_meta or tensor.is_neg():
+            if not _has_memory(args[k]):
                 return False
         for k in self.optional:
-            tensor = args[k]
-            if tensor is not None and (
-                type(tensor) not in PLAIN_TYPES or tensor.is_meta or tensor.is_neg()
-            ):
+            if args[k] is not None and not _has_memory(args[k]):
                 return False
         for k in self.lists:
             for tensor in args[k]:
-                if type(tensor) not in PLAIN_TYPES or tensor.is_meta or tensor.is_neg():
+                if not _has_memory(tensor):
                     return False
         return True
 
@@ -134,23 +182,23 @@ def define(
         autograd: kernel for the Autograd key, called with the operator's arguments when some
             input requires a gradient; typically ends in :meth:`OpFunction.run`.
     """
-    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(f"{name}{schema}", tags=_TAGS)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"tritonconv::{name}", fake, lib=LIBRARY)
-    overload = getattr(torch.ops.tritonconv, name).default
-    op = Op(overload, implementation, autograd)
+    op = Op(getattr(torch.ops.tritonconv, name).default, implementation, autograd)
+    op.shorten()
 
     def autograd_kernel(*args: Any) -> Any:
         _refuse_tangents(name, args)
         if torch.is_grad_enabled() and op._requires_grad(args):
             return autograd(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args)
+            return op.dispatched(*args)
 
     LIBRARY.impl(name, autograd_kernel, "Autograd")
     torch.library.register_vmap(
-        f"tritonconv::{name}", functools.partial(_one_by_one, name, overload), lib=LIBRARY
+        f"tritonconv::{name}", functools.partial(_one_by_one, name, op.overload), lib=LIBRARY
     )
     return op
 
