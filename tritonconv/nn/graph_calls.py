@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 
 from ..runtime.library import PLAIN_TYPES
-from ..runtime.recording import epoch, is_recording
+from ..runtime.recording import is_recording
+from ..runtime.settings import settings
 
 Tensor = torch.Tensor
 _Call = tuple[Sequence[Any], Mapping[str, Any]]
@@ -217,7 +218,7 @@ def modes(device: torch.device) -> tuple[Any, ...]:
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or is_recording()
         or torch.is_inference_mode_enabled()
         or any(type(m) is not DeviceContext for m in _get_current_function_mode_stack())
@@ -236,7 +237,10 @@ def modes(device: torch.device) -> tuple[Any, ...]:
         raise Unfit("hooks of all modules are registered, which a graph would not call")
     amp = torch.is_autocast_enabled(device.type)
     return (
-        epoch(),
+        # Not the tables' epoch: kernels that were tuned since are no reason to capture again.
+        settings.backend,
+        settings.deterministic,
+        settings.atomics,
         amp and torch.get_autocast_dtype(device.type),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),

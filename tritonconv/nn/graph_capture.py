@@ -184,7 +184,7 @@ class _State:
         drawn = python != now_python or not torch.equal(host, now_host)
         if third is not None and str(third) != str(now_third):
             drawn = True
-            sys.modules["numpy.random"].set_state(third)  # type: ignore[attr-defined]
+            sys.modules["numpy.random"].set_state(third)
         if drawn:
             random.setstate(python)
             torch.set_rng_state(host)

@@ -236,7 +236,8 @@ class Graphed(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the former class, as this one has no name that it could be found by."""
-        made, args, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        made, args, *rest = reduced
         former, own = self.__dict__[FORMER], type(self)
         if made is copyreg.__newobj__ and args[0] is own:  # type: ignore[attr-defined]
             return _rebuilt, (former, *args[1:]), *rest
@@ -250,9 +251,17 @@ def _rebuilt(former: type[nn.Module], *args: Any) -> nn.Module:
     return made
 
 
-@functools.cache
+_CLASSES: dict[type, type[nn.Module]] = {}
+
+
 def graphed_class(former: type[nn.Module]) -> type[nn.Module]:
     """The class of modules of this class whose training steps are captured."""
+    if former not in _CLASSES:
+        _CLASSES[former] = _derived(former)
+    return _CLASSES[former]
+
+
+def _derived(former: type[nn.Module]) -> type[nn.Module]:
     eager = former.forward
 
     @functools.wraps(eager)
@@ -263,7 +272,8 @@ def graphed_class(former: type[nn.Module]) -> type[nn.Module]:
 
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(former, name) for name in names}
-    made: type[nn.Module] = type(former)(
+    metaclass: Any = type(former)
+    made: type[nn.Module] = metaclass(
         former.__name__, (Graphed, former), {**namespace, "forward": forward}
     )
     return made
