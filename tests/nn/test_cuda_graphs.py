@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tritonconv as tc
+from tritonconv.models.vision.attention_unet import AttentionUNet
 from tritonconv.nn import convert, cuda_graph_report, graphed, revert, without_cuda_graphs
 from tritonconv.nn.graph_capture import CudaGraphs, GraphedStepError
 from tritonconv.runtime.errors import ArgumentTypeError, ArgumentValueError
@@ -134,12 +135,15 @@ def eager_reasons(model: nn.Module) -> list[str]:
     return list(cuda_graph_report(model).eager)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_steps_of_training_are_the_eager_ones(place: str, amp: torch.dtype | None) -> None:
-    models = pair(place, Net())
+def test_steps_of_training_are_the_eager_ones(
+    place: str, amp: torch.dtype | None, layout: torch.memory_format
+) -> None:
+    models = pair(place, Net().to(memory_format=layout))
     optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in models]
     for step in range(6):
-        x = images(place, seed=step)
+        x = images(place, seed=step).to(memory_format=layout)
         losses = []
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
@@ -493,6 +497,24 @@ def test_hooks_of_the_module_itself_run_around_its_graphs(place: str) -> None:
     assert counts(ours)[1] == 2
 
 
+def test_a_network_of_ours(place: str) -> None:
+    eager, ours = pair(place, AttentionUNet(in_channels=1, num_classes=3, widths=(4, 8)))
+    labels = torch.randint(3, (2, 16, 16), device=place)
+    for seed in range(3):
+        x = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(seed)).to(place)
+        for model in (eager, ours):
+            F.cross_entropy(model(x), labels).backward()
+    same_state(ours, eager)
+    assert counts(ours) == (1, 3) and not eager_reasons(ours)
+
+
+def test_wrappers_go_around_it(place: str) -> None:
+    model = nn.DataParallel(Net().to(place))
+    convert(model, cuda_graph=True)
+    with pytest.warns(UserWarning, match="convert the module before wrapping it"):
+        model(images(place))
+
+
 def test_checkpoints_and_anomalies_run_eagerly(place: str) -> None:
     eager, ours = pair(place, Net())
     with warnings.catch_warnings():
@@ -600,7 +622,7 @@ def test_on_a_cpu_all_of_it_is_eager() -> None:
         warnings.simplefilter("error")
         model(images("cpu")).sum().backward()
     assert eager_reasons(model) == ["its tensors are on cpu"]
-    assert "1 eager: its tensors are on cpu" in str(cuda_graph_report(model))
+    assert "eager calls: 1, as its tensors are on cpu" in str(cuda_graph_report(model))
 
 
 class Asks(nn.Module):

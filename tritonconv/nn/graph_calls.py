@@ -137,6 +137,8 @@ def never(model: nn.Module) -> str:
         name = type(module).__name__
         if isinstance(module, nn.SyncBatchNorm):
             return f"the statistics of {name} are of several processes"
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            return f"{name} works outside of it: convert the module before wrapping it"
         if isinstance(module, torch.jit.ScriptModule):
             return f"{name} is compiled by TorchScript"
         if "_fold" in module.__dict__:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import pickle
 import random
 import sys
 import weakref
@@ -75,7 +76,7 @@ class CudaGraphs:
         """Record work without doing it; what does it, and the tensors that it writes."""
         graph = torch.cuda.CUDAGraph()
         result: _Tensors | None = None
-        refused: Exception | None = None
+        refused = ""  # not the error itself, whose frames hold what was recorded
         try:
             # Other threads, such as one that pins memory, go on with what they do.
             with torch.cuda.graph(
@@ -84,12 +85,12 @@ class CudaGraphs:
                 try:
                     result = work()
                 except Exception as error:  # the end of the capture raises another in its place
-                    refused = error
+                    refused = _line(error)
         except Exception as error:
-            refused = refused or error
-        if refused is not None or result is None:
+            refused = refused or _line(error)
+        if refused or result is None:
             self._mend()
-            raise Unfit(f"it cannot be captured: {_line(refused)}")
+            raise Unfit(f"it cannot be captured: {refused}")
         return graph.replay, result
 
     def _mend(self) -> None:
@@ -121,9 +122,7 @@ class CudaGraphs:
         self.last = current
 
 
-def _line(error: Exception | None) -> str:
-    if error is None:
-        return "nothing was returned"
+def _line(error: Exception) -> str:
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:160]}"
 
@@ -182,7 +181,7 @@ class _State:
         python, host, third = self.host_random
         now_python, now_host, now_third = self._host_random()
         drawn = python != now_python or not torch.equal(host, now_host)
-        if third is not None and str(third) != str(now_third):
+        if third is not None and pickle.dumps(third) != pickle.dumps(now_third):
             drawn = True
             sys.modules["numpy.random"].set_state(third)
         if drawn:

@@ -100,8 +100,8 @@ class CudaGraphReport:
     eager: dict[str, int]
 
     def __str__(self) -> str:
-        lines = [f"{self.captured} kinds of calls captured, {self.replayed} calls replayed"]
-        lines += [f"{count} eager: {reason}" for reason, count in self.eager.items()]
+        lines = [f"captured kinds of calls: {self.captured}, replayed calls: {self.replayed}"]
+        lines += [f"eager calls: {count}, as {reason}" for reason, count in self.eager.items()]
         return "\n".join(lines)
 
 
@@ -150,7 +150,7 @@ class Captures:
         if self.eager[reason] == 1 and reason not in _EXPECTED:
             warnings.warn(
                 f"{type(model).__name__} converted with cuda_graph=True runs eagerly: {reason}",
-                stacklevel=4,
+                stacklevel=5,
             )
         return forward(model, *args, **kwargs)
 
@@ -322,8 +322,8 @@ def cuda_graph_report(model: nn.Module) -> CudaGraphReport:
         >>> _ = tc.nn.convert(model, batch_norm=True, cuda_graph=True)
         >>> _ = model(torch.randn(1, 3, 8, 8))
         >>> print(tc.nn.cuda_graph_report(model))
-        0 kinds of calls captured, 0 calls replayed
-        1 eager: its tensors are on cpu
+        captured kinds of calls: 0, replayed calls: 0
+        eager calls: 1, as its tensors are on cpu
     """
     captures = model.__dict__.get(CAPTURES) if isinstance(model, nn.Module) else None
     if captures is None:
