@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritonconv.nn import convert
+from tritonconv.nn import CudaGraphReport, convert, cuda_graph_report
 from tritonconv.runtime.backend import backend
 from tritonconv.runtime.errors import bad_value
 from tritonconv.runtime.tables import Timing
@@ -25,6 +25,8 @@ from .precompiling import precompile
 
 EAGER, OURS = "PyTorch", "tritonconv"
 COMPILED, CAPTURED = ", compiled", ", graph"
+CONVERTED = ", cuda_graph=True"
+"""Behind the name of a contender whose graphs are inside of the model, by ``nn.convert``."""
 WARM_UP = 5
 ROUNDS = 3
 HOST_STEPS = 3
@@ -37,7 +39,8 @@ class StepTime:
     """A training step of one contender.
 
     Attributes:
-        contender: ``PyTorch``, ``tritonconv``, or either with ``, compiled`` or ``, graph``.
+        contender: ``PyTorch``, ``tritonconv``, or either with ``, compiled`` or ``, graph``; ours
+            with ``, cuda_graph=True``.
         timing: milliseconds of a step on the device, optimiser included; None when it did not run.
         first_s: seconds until the first step was done: what compiling and choosing kernels cost,
             ahead of it or in it.
@@ -69,6 +72,7 @@ def step_times(
     graph: bool = False,
     one_thread: bool = False,
     batch_norm: bool = False,
+    convert_graph: bool = False,
     steps: int = 20,
     jobs: int | None = None,
     device: torch.device | str = "cuda",
@@ -92,6 +96,8 @@ def step_times(
             that: what the host does for a step no longer counts.
         one_thread: run backward passes on the calling thread, not on autograd's own.
         batch_norm: convert batch norms too.
+        convert_graph: convert with ``cuda_graph=True``: loss and optimiser stay outside of graphs,
+            and PyTorch's contender is eager.
         steps: of each contender in each of three rounds.
         jobs: processes that compile our kernels ahead of the first step; one per CPU but one when
             None, none when 0: then that step compiles them one by one.
@@ -104,12 +110,15 @@ def step_times(
     Raises:
         KeyboardInterrupt: interrupted before any step was timed.
         NoDeviceError: there is no GPU.
-        ArgumentValueError: an unknown name, argument, dtype or layout; ``graph`` without a GPU.
+        ArgumentValueError: an unknown name, argument, dtype or layout; graphs without a GPU.
     """
     if jobs is not None and (type(jobs) is not int or jobs < 0):
         raise bad_value("jobs", "a number of processes, or None", repr(jobs))
-    if graph and torch.device(device).type != "cuda":
-        raise bad_value("graph", "False where the device is no GPU", f"True on {device}")
+    for option, asked in (("graph", graph), ("convert_graph", convert_graph)):
+        if asked and torch.device(device).type != "cuda":
+            raise bad_value(option, "False where the device is no GPU", f"True on {device}")
+    if convert_graph and (graph or compiled):
+        raise bad_value("convert_graph", "False with graph or compiled", "True")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise NoDeviceError("the time of training steps needs a CUDA GPU, and PyTorch sees none")
     if dtype not in AUTOCAST:
@@ -127,6 +136,7 @@ def step_times(
             graph=graph,
             one_thread=one_thread,
             batch_norm=batch_norm,
+            convert_graph=convert_graph,
         )
         for how in ((False, True) if compiled else (False,))
         for who in (EAGER, OURS)
@@ -167,8 +177,12 @@ class _Contender:
         graph: bool = False,
         one_thread: bool = False,
         batch_norm: bool = False,
+        convert_graph: bool = False,
     ) -> None:
+        self.ours = who == OURS
+        self.inside = convert_graph and self.ours
         self.name = who + (COMPILED if compiled else "") + (CAPTURED if graph else "")
+        self.name += CONVERTED if self.inside else ""
         self.graph = graph
         self.one_thread = one_thread
         self.replay: Callable[[], torch.Tensor] | None = None
@@ -181,9 +195,11 @@ class _Contender:
         form = memory_format(layout, images.dim())
         own = copy.deepcopy(model).to(images.device)
         own.to(memory_format=form)  # type: ignore[call-overload]  # stubs want a dtype too
-        self.ours = who == OURS
         self.written_on_ours = any(_is_ours(module) for module in own.modules())
-        self.converted = len(convert(own, batch_norm=batch_norm).converted) if self.ours else 0
+        self.converted = 0
+        if self.ours:
+            report = convert(own, batch_norm=batch_norm, cuda_graph=self.inside)
+            self.converted = len(report.converted)
         self.parameters = tuple(own.parameters())
         self.tensors = (*self.parameters, *own.buffers())
         self.module = own
@@ -283,6 +299,9 @@ class _Contender:
         event.record()
         return event
 
+    def _calls(self) -> CudaGraphReport:
+        return cuda_graph_report(self.module)
+
     def result(self) -> StepTime:
         times = self.milliseconds
         timing = None
@@ -292,6 +311,8 @@ class _Contender:
         reason = self.reason
         if self.ours and not self.converted and not self.written_on_ours:
             reason = reason or "no layer was converted: these are PyTorch's kernels"
+        if self.inside and timing is not None and not (calls := self._calls()).replayed:
+            reason = reason or f"no graphs: {'; '.join(calls.eager)}"
         host = statistics.median(self.host) if timing is not None and self.host else None
         return StepTime(self.name, timing, self.first_s, self.converted, reason, host)
 

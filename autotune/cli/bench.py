@@ -18,7 +18,7 @@ from ..bench import DEFAULT, GENERATED, TORCH, TORCH_ELSEWHERE, TUNED, Compariso
 from ..bench import bench as run_bench
 from ..host import host_times
 from ..measure import CudaLab, Policy
-from ..steps import EAGER, OURS, StepTime, step_times
+from ..steps import CONVERTED, EAGER, OURS, StepTime, step_times
 from ..suites import parse_shape
 from ..tune import unique_pairs
 from .common import (
@@ -92,6 +92,13 @@ def bench(
     batch_norm: Annotated[
         bool, typer.Option("--batch-norm", help="With --model: convert batch norms too.")
     ] = False,
+    convert_graph: Annotated[
+        bool,
+        typer.Option(
+            "--convert-graph",
+            help="With --model: ours with nn.convert(cuda_graph=True), PyTorch eager.",
+        ),
+    ] = False,
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -121,6 +128,7 @@ def bench(
         "--graph": graph,
         "--one-thread": one_thread,
         "--batch-norm": batch_norm,
+        "--convert-graph": convert_graph,
         "--jobs": jobs is not None,
     }
     for name, asked in with_model.items():
@@ -139,7 +147,7 @@ def bench(
         arguments = parse_shape(model_args) if model_args else None
         options = _step_options(batch, size, channels, dtype, layout)
         options |= {"compiled": compiled, "graph": graph, "one_thread": one_thread}
-        options |= {"batch_norm": batch_norm, "jobs": jobs}
+        options |= {"batch_norm": batch_norm, "convert_graph": convert_graph, "jobs": jobs}
         times = step_times(model, arguments, **options, progress=out.say)
         _steps(out, model, times, one_thread=one_thread)
         return
@@ -263,7 +271,7 @@ def _steps(out: Output, name: str, times: Sequence[StepTime], *, one_thread: boo
     )
     rows = []
     for row in times:
-        rival = base.get(row.contender.replace(OURS, EAGER))
+        rival = base.get(row.contender.replace(OURS, EAGER).removesuffix(CONVERTED))
         ratio = rival / row.timing.p50 if rival is not None and row.timing is not None else None
         note = row.reason or (f"{row.converted} layers converted" if row.converted else "")
         timing = row.timing

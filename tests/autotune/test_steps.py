@@ -205,6 +205,23 @@ def test_backward_passes_on_one_thread_on_request() -> None:
 def test_graphs_need_a_gpu() -> None:
     with pytest.raises(ArgumentValueError, match="graph: expected False where the device is no"):
         steps.step_times("test_steps:Net", graph=True, device="cpu")
+    with pytest.raises(ArgumentValueError, match="convert_graph: expected False where"):
+        steps.step_times("test_steps:Net", convert_graph=True, device="cpu")
+
+
+def test_graphs_inside_of_the_model_and_why_there_are_none() -> None:
+    model, images = Normalised(), torch.randn(2, 1, 8, 8)
+    rows = []
+    for who in (steps.EAGER, steps.OURS):
+        contender = steps._Contender(
+            who, model, images, "float32", "contiguous", batch_norm=True, convert_graph=True
+        )
+        contender.warm_up()
+        contender.run(2)
+        rows.append(contender.result())
+    assert [row.contender for row in rows] == ["PyTorch", "tritonconv, cuda_graph=True"]
+    assert all(row.timing is not None for row in rows)
+    assert [row.reason for row in rows] == ["", "no graphs: its tensors are on cpu"]
 
 
 def test_a_contender_replays_what_it_captured_after_its_warm_up(
@@ -300,3 +317,14 @@ def test_graphs_of_every_contender_and_why_one_has_none() -> None:
     assert ours.timing is not None and not ours.reason
     (eager, _) = steps.step_times("test_steps:Quiet", batch=1, size=(16, 16), steps=4)
     assert eager.timing is not None, "nothing of a capture that failed is left behind"
+
+
+@gpu
+def test_graphs_inside_of_the_model_beside_eager_steps() -> None:
+    options: dict[str, Any] = dict(batch=2, size=(16, 16), steps=4, batch_norm=True)
+    theirs, ours = steps.step_times("test_steps:QuietNormalised", convert_graph=True, **options)
+    assert (theirs.contender, ours.contender) == ("PyTorch", "tritonconv, cuda_graph=True")
+    for row in (theirs, ours):
+        assert row.timing is not None and not row.reason
+    with pytest.raises(ArgumentValueError, match="convert_graph: expected False with graph"):
+        steps.step_times("test_steps:Quiet", convert_graph=True, graph=True)

@@ -3,6 +3,8 @@
 from .batch_norm import ConvBatchNorm1d, ConvBatchNorm2d, ConvBatchNorm3d, Unnormalised
 from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .convert import ConversionReport, Converted, Kept, convert, revert
+from .graph_capture import GraphedStepError
+from .graphed import CudaGraphReport, cuda_graph_report, without_cuda_graphs
 from .norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .scaled import ScaledConv1d, ScaledConv2d, ScaledConv3d
 
@@ -21,11 +23,15 @@ __all__ = [
     "ConvTranspose3d",
     "ConversionReport",
     "Converted",
+    "CudaGraphReport",
+    "GraphedStepError",
     "Kept",
     "ScaledConv1d",
     "ScaledConv2d",
     "ScaledConv3d",
     "Unnormalised",
     "convert",
+    "cuda_graph_report",
     "revert",
+    "without_cuda_graphs",
 ]

@@ -19,6 +19,7 @@ from ..runtime.errors import bad_type, bad_value
 from .activate import TAKEN, followers, take_over
 from .conv import CONVERTED, Fused
 from .fold import ACTIVATIONS, CLASS, Chain, _hooked, _inner_activation, chains, fold_into
+from .graphed import Graphed, graph, ungraph
 from .norm import NORMS, Activated, converted_norm
 
 
@@ -50,10 +51,19 @@ class Kept:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What :func:`convert` did; ``print(report)`` shows it as a table."""
+    """What :func:`convert` did; ``print(report)`` shows it as a table.
+
+    Attributes:
+        converted: layers that run on the library's kernels now.
+        kept: layers that do not.
+        cuda_graph: whether training steps of the model are captured as CUDA graphs.
+        reason: why they are not, though it was asked.
+    """
 
     converted: tuple[Converted, ...]
     kept: tuple[Kept, ...]
+    cuda_graph: bool = False
+    reason: str = ""
 
     def __str__(self) -> str:
         rows = [("module", "now", "note")]
@@ -65,6 +75,10 @@ class ConversionReport:
         rows.insert(1, ("-" * widths[0], "-" * widths[1], "-" * len("note")))
         lines = [f"{name:<{widths[0]}}  {now:<{widths[1]}}  {note}" for name, now, note in rows]
         lines.append(f"{len(self.converted)} converted, {len(self.kept)} kept")
+        if self.cuda_graph:
+            lines.append("training steps on a GPU run as CUDA graphs")
+        elif self.reason:
+            lines.append(f"no CUDA graphs: {self.reason}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -117,7 +131,9 @@ def _convert_norm(module: nn.Module) -> None:
     module.__class__ = converted_norm(kind)  # type: ignore[assignment]
 
 
-def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = False) -> ConversionReport:
+def convert(
+    model: nn.Module, *, fold: bool = False, batch_norm: bool = False, cuda_graph: bool = False
+) -> ConversionReport:
     """Run the convolutions of a model on the library's kernels, in place; batch norms on request.
 
     Every convolution of ``torch.nn``, of one to three axes and transposed, and with ``batch_norm``
@@ -138,13 +154,22 @@ def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = False) -
             taken to be called as a whole. The model must stay in eval mode until it is reverted.
         batch_norm: whether batch norms that are not folded are converted too. Off until training
             steps on a GPU are measured to gain by it.
+        cuda_graph: whether ``model(...)`` in training mode, and its backward pass, run as CUDA
+            graphs, so that the host no longer limits them; the loop around it stays what it was.
+            The first call of a kind (shapes, strides, dtypes, autocast, modes of submodules, which
+            parameters take gradients) is captured, which takes some steps' time and the memory of
+            one step; eight kinds are kept. Running statistics, random numbers and gradients are
+            those of the steps that were asked for. What a graph cannot do runs eagerly and says
+            why, once: :func:`cuda_graph_report`. What the model's Python code does beside, such as
+            printing, happens at captures only. See the guide, "Training steps as CUDA graphs".
 
     Returns:
         What was converted and folded, what was not, and why.
 
     Raises:
         ArgumentTypeError: ``model`` is no module.
-        ArgumentValueError: ``fold`` of a model in training mode; nothing was changed.
+        ArgumentValueError: ``fold`` of a model in training mode, or with ``cuda_graph``, which is
+            about training; nothing was changed.
 
     Example:
         >>> import torch, tritonconv as tc
@@ -165,6 +190,11 @@ def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = False) -
         torch.Size([1, 8, 6, 6])
         >>> type(tc.nn.revert(model)[0]).__module__
         'torch.nn.modules.conv'
+        >>> model = model.train()
+        >>> report = tc.nn.convert(model, batch_norm=True, cuda_graph=True)
+        >>> report.cuda_graph
+        True
+        >>> model(torch.randn(2, 3, 8, 8)).sum().backward()  # two graphs, if it is on a GPU
     """
     if not isinstance(model, nn.Module):
         raise bad_type("model", "a torch.nn.Module", type(model).__name__)
@@ -172,6 +202,10 @@ def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = False) -
         raise bad_value(
             "fold", "a model in eval mode (model.eval()) with fold=True", "training mode"
         )
+    if fold and cuda_graph:
+        raise bad_value("cuda_graph", "False with fold=True, which is for eval mode", "True")
+    # Captures hold the kernels of before; what has them gets its own class back meanwhile.
+    graphed = [module for module in model.modules() if ungraph(module)]
     if fold:
         for module in model.modules():  # what an earlier call made of them cannot be folded
             if isinstance(module, Activated):
@@ -208,10 +242,15 @@ def convert(model: nn.Module, *, fold: bool = False, batch_norm: bool = False) -
         rows[module] = Converted(name, folded, chain.end, kind)
     if batch_norm:
         rows |= _convert_norms(model, paths)
+    for module in graphed:
+        graph(module)
+    reason = graph(model) if cuda_graph else ""
     ordered = [rows[module] for module in model.modules() if module in rows]
     return ConversionReport(
         tuple(row for row in ordered if isinstance(row, Converted)),
         tuple(row for row in ordered if isinstance(row, Kept)),
+        isinstance(model, Graphed),
+        reason,
     )
 
 
@@ -264,6 +303,7 @@ def revert(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise bad_type("model", "a torch.nn.Module", type(model).__name__)
     for module in model.modules():
+        ungraph(module)
         if isinstance(module, Activated):
             _revert_norm(module)
             continue
