@@ -29,8 +29,12 @@ def main() -> None:
     device, target = nominal_device("sm_90"), parse_target("sm_90")
     rows = []
     for layer, fields in LAYERS.items():
-        for direction in Direction:
-            more = {"dtype": "bfloat16", "layout": "channels_last"}
+        for direction, precision in (
+            *((d, "ieee") for d in Direction),
+            (Direction.FORWARD, "tf32"),
+        ):
+            dtype = "bfloat16" if precision == "ieee" else "float32"
+            more = {"dtype": dtype, "precision": precision, "layout": "channels_last"}
             problem = OPERATORS[direction, rank_of(fields)].parse({**fields, **more})
             plan = Boxed().plan(problem, Boxed().space(problem, device).default)
             source, options = jit_source(plan.calls[0], plan.dtypes, target)

@@ -12,11 +12,19 @@ import torch
 from tritonconv.conv.algorithms import ALGORITHMS
 from tritonconv.conv.algorithms.common import slot_dtypes
 from tritonconv.conv.algorithms.single_channel import SingleChannel
-from tritonconv.conv.algorithms.single_geometry import FLAT, FMA, MMA, RUNS, SingleConfig
+from tritonconv.conv.algorithms.single_geometry import (
+    ALIGNED,
+    FLAT,
+    FMA,
+    MMA,
+    RUNS,
+    SingleConfig,
+    runs_of,
+)
 from tritonconv.conv.dispatch import ConvOperator
 from tritonconv.conv.problem import ConvProblem, Direction
 from tritonconv.runtime.accuracy import check
-from tritonconv.runtime.device import device_facts
+from tritonconv.runtime.device import device_facts, nominal_device
 from tritonconv.runtime.launch import Executable
 
 from .cases import Fields, fields
@@ -126,6 +134,46 @@ def test_weight_gradient_of_runs(case: str, span: int, layout: str, device: torc
         run_and_check(operator, problem, device, config)
 
 
+ALIGNED_CASES = {
+    "stem": (2, "channels_last"),
+    "three channels": (8, "channels_last"),
+    "row, stride 4": (1, "channels_last"),
+    "volume": (8, "contiguous"),
+    "3x3": (4, "contiguous"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", ALIGNED_CASES)
+def test_runs_that_begin_at_whole_vectors(case: str, dtype: str, device: torch.device) -> None:
+    """Each starts before its first window by what makes all of them start at a vector."""
+    span, layout = ALIGNED_CASES[case]
+    for direction in (Direction.FORWARD, Direction.WGRAD):
+        operator, problem = problem_of(case, direction, dtype=dtype, layout=layout)
+        aligned, plain = runs_of(problem, span, ALIGNED), runs_of(problem, span)
+        assert aligned is not None
+        assert plain is not None
+        assert aligned.lead > plain.lead
+        config = SingleConfig(ALIGNED, 2, 64, 16, 4, 3, span=span)
+        if direction is Direction.WGRAD:
+            config = dataclasses.replace(config, split=3)
+        run_and_check(operator, problem, device, config)
+
+
+def test_spaces_have_aligned_runs_where_they_differ() -> None:
+    """A stem's do; where a run begins at a vector anyway, a second engine would be the first."""
+    stem = problem_of("stem", Direction.FORWARD, layout="channels_last", M=64, H=64, W=64)[1]
+    found = {(c.engine, c.span) for c in ALGORITHM.space(stem, nominal_device("sm_90"))}
+    assert (ALIGNED, 2) in found
+    for engine, span in found:
+        if engine == ALIGNED:
+            assert runs_of(stem, span, ALIGNED) != runs_of(stem, span)
+    # Runs of 14 elements begin at even ones in both.
+    odd = problem_of("stem", Direction.FORWARD, layout="channels_last", M=64, H=64, W=64, S=1)[1]
+    spans = {c.span for c in ALGORITHM.space(odd, nominal_device("sm_90")) if c.engine == ALIGNED}
+    assert 2 not in spans
+
+
 @pytest.mark.parametrize("direction", Direction, ids=str)
 @pytest.mark.parametrize("case", SOME)
 def test_other_configs(case: str, direction: Direction, device: torch.device) -> None:
@@ -139,6 +187,7 @@ ENGINES = {
     "windows": SingleConfig(MMA, 2, 16, 16, 4, 1),
     "runs of 2": SingleConfig(RUNS, 2, 32, 16, 4, 2, span=2),
     "runs of 8": SingleConfig(RUNS, 1, 128, 8, 4, 3, span=8),
+    "aligned runs": SingleConfig(ALIGNED, 2, 64, 16, 4, 3, span=4),
 }
 
 

@@ -14,7 +14,7 @@ import triton
 from ...runtime.operators import Config
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from ..problem import ConvProblem
-from . import banded_group_products, banded_group_resident, banded_group_weights
+from . import banded_group_products, banded_group_weights
 from .banded_geometry import BandedConfig, Roles, checks_of, roles_of, window_of
 from .common import (
     epilogue_arguments,
@@ -38,7 +38,6 @@ class BandedGroupsConfig(Config):
         images: images over which a tile of a weight gradient's units may reach.
         cached: whether windows pass the L1 cache, where those of neighbouring units overlap, in
             copies of 8 bytes; those of 16 bypass it.
-        resident: whether programs of a product over pixels keep their band and walk images.
     """
 
     run_d: int
@@ -52,7 +51,6 @@ class BandedGroupsConfig(Config):
     split: int = 1
     images: int = 1
     cached: int = 0
-    resident: int = 0
 
     @property
     def run(self) -> tuple[int, int, int]:
@@ -136,12 +134,6 @@ def product_plan(problem: ConvProblem, config: BandedGroupsConfig) -> LaunchPlan
     )
     epilogue = epilogue_arguments(problem)
     units = problem.batch * map_units(inner, config.run)
-    if config.resident:
-        return LaunchPlan(
-            (spread, _resident_product(problem, config)),
-            {**slot_dtypes(problem), "band": problem.dtype},
-            (Workspace("band", (elements,), problem.dtype),),
-        )
     product = KernelCall(
         banded_group_products.banded_groups_kernel,
         (blocks * triton.cdiv(units, config.units), 1, 1),
@@ -167,43 +159,6 @@ def product_plan(problem: ConvProblem, config: BandedGroupsConfig) -> LaunchPlan
         (spread, product),
         {**slot_dtypes(problem), "band": problem.dtype},
         (Workspace("band", (elements,), problem.dtype),),
-    )
-
-
-def _resident_product(problem: ConvProblem, config: BandedGroupsConfig) -> KernelCall:
-    """The product whose programs keep their band and walk images."""
-    inner = block_problem(problem, config.bundle)
-    roles = roles_of(inner)
-    walk = walk_of(inner, dataclasses.replace(config, split=1))
-    parts = max(1, min(config.split, walk.steps))
-    each = -(-walk.steps // parts)
-    constexprs = _product_constexprs(problem, config)
-    del constexprs["CACHED"]
-    epilogue = epilogue_arguments(problem)
-    return KernelCall(
-        banded_group_resident.banded_groups_resident_kernel,
-        (problem.groups // config.bundle * walk.tiles, -(-walk.steps // each), 1),
-        (
-            Slot(roles.source),
-            Slot("band"),
-            Slot(roles.units),
-            Slot("acc" if epilogue.save_acc else roles.units),
-            epilogue.pointers,
-            epilogue.strides,
-            *_map_arguments(problem, roles),
-            walk.steps,
-            each,
-        ),
-        {
-            **constexprs,
-            "EVEN_UNITS": config.images * map_units(inner, config.run) % config.units == 0,
-            "IMAGES": config.images,
-            "EVEN_IMAGES": problem.batch % config.images == 0,
-            "EPILOGUE": epilogue.function,
-            "SAVE_ACC": epilogue.save_acc,
-        },
-        config.num_warps,
-        config.num_stages,
     )
 
 

@@ -29,7 +29,6 @@ class BandedGroups(Algorithm):
         "banded_geometry",
         "banded_group_plans",
         "banded_group_products",
-        "banded_group_resident",
         "banded_group_spaces",
         "banded_group_weights",
         "banded_windows",

@@ -36,8 +36,8 @@ class Boxed(Algorithm):
     )
 
     def supports(self, problem: ConvProblem) -> str | None:
-        """Ungrouped problems of stride one in half precision, channels fastest and aligned."""
-        reason = unsuited(problem)
+        """Ungrouped, stride one, channels fastest and aligned; half precision or TF32."""
+        reason = unsuited(problem, tf32=True)
         if reason is None and problem.direction is not Direction.WGRAD and not weight_rows(problem):
             return "weight that is not channels_last"
         return reason

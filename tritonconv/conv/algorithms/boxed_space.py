@@ -22,7 +22,7 @@ from ...runtime.space import (
 )
 from ..problem import ConvProblem, Direction
 from .boxed_products import box_count, product_splits, shape_of, wgrad_steps
-from .boxed_views import Four, axes_of, box_shapes, run_shapes
+from .boxed_views import Four, axes_of, box_shapes, in_tf32, run_shapes
 from .common import TileConfig
 from .tiles import around, power_of_two, product_split
 
@@ -106,14 +106,18 @@ def boxed_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[BoxedC
     def splits(block_m: int, block_n: int, block_k: int) -> tuple[int, ...]:
         slots = device.sm_count * (2 if block_m * block_n <= 128 * 128 else 1)
         best = product_split(problem, block_m, block_n, block_k, slots)
+        if in_tf32(problem):  # the model is of half precision
+            return tuple(sorted({1, 3, *around(best), *around(min(8, 2 * best))}))
         return (1, best) if best > 1 else (1,)
+
+    deepest = power_of_two(depth, 16, 32 if in_tf32(problem) else 128)
 
     parameters: tuple[Parameter, ...] = (
         Int("num_stages", 3, 4),
         PowerOfTwo("num_warps", 4, 8),
         PowerOfTwo("block_m", 64, rows),
         PowerOfTwo("block_n", 64, power_of_two(columns, 64, 256)),
-        PowerOfTwo("block_k", min(32, power_of_two(depth, 16, 128)), power_of_two(depth, 16, 128)),
+        PowerOfTwo("block_k", min(32, deepest), deepest),
         Choice("group_m", (8,)),
         Choice("one_launch", (0,)),
         Derived("split_k", splits),
@@ -130,7 +134,7 @@ def _product_default(problem: ConvProblem, device: DeviceFacts) -> BoxedConfig:
     size = pixel_map(problem)
     block_n = power_of_two(columns, 64, 128)
     block_m = power_of_two(math.prod(size), 64, 128 if block_n >= 128 else 256)
-    block_k = power_of_two(depth, 16, 64)
+    block_k = power_of_two(depth, 16, 32 if in_tf32(problem) else 64)
 
     def tiles(block_m: int, block_n: int) -> int:
         return box_count(size, shape_of(problem, block_m, 0)) * triton.cdiv(columns, block_n)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ...runtime.plan import Boxes
-from ..problem import ConvProblem
+from ..problem import ConvProblem, Direction
 from .common import lifted
 
 Four = tuple[int, int, int, int]
@@ -106,11 +106,21 @@ def _steps(strides: Sequence[int], size: Sequence[int], channels: int) -> list[i
     return found
 
 
-def unsuited(problem: ConvProblem) -> str | None:
+def in_tf32(problem: ConvProblem) -> bool:
+    """Whether it is a forward product of float32 that is multiplied as TF32.
+
+    Matrix instructions read TF32 from shared memory with the channels that are summed over fastest
+    only, as the input and the weight of a forward product have them.
+    """
+    forward = problem.direction is Direction.FORWARD
+    return forward and problem.dtype is torch.float32 and problem.precision == "tf32"
+
+
+def unsuited(problem: ConvProblem, *, tf32: bool = False) -> str | None:
     """Why the copy engine cannot read the operands in boxes, or None."""
     if problem.groups != 1:
         return "groups != 1"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
+    if problem.dtype not in (torch.bfloat16, torch.float16) and not (tf32 and in_tf32(problem)):
         return f"dtype {problem.dtype} (boxes of bfloat16 and float16 are multiplied)"
     if any(hop != 1 for hop in problem.stride):
         return "stride != 1"

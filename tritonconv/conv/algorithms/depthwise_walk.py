@@ -219,7 +219,7 @@ def walk_wgrad_source(stencil: Stencil) -> str:
     channel_mask = [] if stencil.even else ["mask_c"]
     exact = height.size % stencil.walk == 0 and stencil.walk % step == 0
 
-    def load_gradient(slot: int, row: str, ahead: bool = False) -> None:
+    def load_gradient(slot: int, row: str) -> None:
         """The row of the window at a slot; rows outside of the map are zeros."""
         write(f"out_row = {row}")
         write("in_map = (out_row >= 0) & (out_row < y_size[1])")
@@ -227,36 +227,7 @@ def walk_wgrad_source(stencil: Stencil) -> str:
         for place in places:
             parts = [f"in_map & held_{place}", *channel_mask]
             offset = f"y_row + {place} * y_sw" if place else "y_row"
-            if ahead:  # as it is in memory, so that nothing waits for it yet
-                mask = all_of(parts)
-                write(f"next_{slot}_{place} = tl.load({offset}, mask={mask}, other=0.0)")
-            else:
-                write(load_line(f"grad_{slot}_{place}", offset, parts))
-
-    def load_rows(prefix: str, at: str, check: bool) -> None:
-        """All columns of the rows of a step; those past the last one are zeros."""
-        write(f"x_row = x_lane + {at if at.isidentifier() else f'({at})'} * x_sh")
-        for j in range(step):
-            for offset in columns:
-                parts = [masks[k] for k in (offset,) if k in masks] + channel_mask
-                parts += [f"({at} + {j} < stop)"] * check
-                mask = f", mask={all_of(parts)}, other=0.0" if parts else ""
-                write(f"{_value(j, offset, prefix)} = tl.load(x_row{_offset(j, offset)}{mask})")
-
-    def load_step(at: str) -> None:
-        """What the next step brings, ahead of its time."""
-        load_rows("n", at, True)
-        for j in range(step):
-            load_gradient(len(taps) - 1 + j, f"{at} + {low + len(taps) - 1 + j}", True)
-
-    def take_step() -> None:
-        """What was loaded ahead becomes this step's."""
-        for j in range(step):
-            for offset in columns:
-                write(f"{_value(j, offset)} = {_value(j, offset, 'n')}")
-            for place in places:
-                slot = f"{len(taps) - 1 + j}_{place}"
-                write(f"held_grad_{slot} = next_{slot}")
+            write(load_line(f"grad_{slot}_{place}", offset, parts))
 
     with write.block("for begin in range(first, last, BLOCK_P):"):
         write(f"p = (begin + tl.arange(0, BLOCK_P)){wide}")
@@ -277,20 +248,16 @@ def walk_wgrad_source(stencil: Stencil) -> str:
         write("y_lane = grad_ptr + ((image * y_sn + column * y_sw)[:, None] + o * y_sc)")
         for slot in range(len(taps) - 1):
             load_gradient(slot, f"start + {low + slot}")
-        if stencil.ahead:
-            load_step("start")
-            take_step()
         with write.block(f"for row in range(start, stop, {step}):"):
-            if stencil.ahead:
-                load_step(f"row + {step}")
-                for j in range(step):
-                    for place in places:
-                        slot = f"{len(taps) - 1 + j}_{place}"
-                        write(f"grad_{slot} = as_float(held_grad_{slot})")
-            else:
-                load_rows("x", "row", not exact)
-                for j in range(step):
-                    load_gradient(len(taps) - 1 + j, f"row + {low + len(taps) - 1 + j}")
+            write("x_row = x_lane + row * x_sh")
+            for j in range(step):
+                for offset in columns:
+                    parts = [masks[k] for k in (offset,) if k in masks] + channel_mask
+                    parts += [f"(row + {j} < stop)"] * (not exact)
+                    mask = f", mask={all_of(parts)}, other=0.0" if parts else ""
+                    write(f"{_value(j, offset)} = tl.load(x_row{_offset(j, offset)}{mask})")
+            for j in range(step):
+                load_gradient(len(taps) - 1 + j, f"row + {low + len(taps) - 1 + j}")
             for j in range(step):
                 for offset, pairs in columns.items():
                     write(f"x = as_float({_value(j, offset)})")
@@ -301,8 +268,6 @@ def walk_wgrad_source(stencil: Stencil) -> str:
             for slot in range(len(taps) - 1):
                 for place in places:
                     write(f"grad_{slot}_{place} = grad_{slot + step}_{place}")
-            if stencil.ahead:
-                take_step()
     write("first_d = 0")
     write("first_h = 0")
     add_lanes(write, stencil, [(0, r, s) for r in range(height.taps) for s in range(width.taps)])

@@ -45,7 +45,6 @@ class SingleChannel(Algorithm):
         "single_run_gradients",
         "single_runs",
         "single_spaces",
-        "single_walk",
         "tiles",
     )
 

@@ -15,14 +15,12 @@ from .common import lifted
 from .footprints import cdiv
 from .tiles import power_of_two
 
-FMA, MMA, RUNS, FLAT, ALIGNED, WALKED, WHOLE = 0, 1, 2, 3, 4, 5, 6
+FMA, MMA, RUNS, FLAT, ALIGNED = 0, 1, 2, 3, 4
 """Engines: multiply-adds of scalars; matrix instructions over the flattened window, or over runs of
 the input's rows (forward and weight); multiply-adds for consecutive pixels of a map (forward); runs
-that begin at whole vectors of memory; and the same by programs that walk tiles, run by run or all
-runs of a tile in one product (forward)."""
+that begin at whole vectors of memory (forward and weight)."""
 
-WALKS = (WALKED, WHOLE)
-RUN_ENGINES = (RUNS, ALIGNED, *WALKS)
+RUN_ENGINES = (RUNS, ALIGNED)
 
 SHARED_ELEMENTS = 16384
 """Products of output pixels with taps that a program of the input's gradient holds."""
@@ -33,11 +31,11 @@ class SingleConfig(Config):
     """Rows × columns × filters of a tile, and how its products are formed.
 
     Attributes:
-        engine: one of the seven above.
+        engine: :data:`FMA`, :data:`MMA`, :data:`RUNS`, :data:`FLAT` or :data:`ALIGNED`.
         block_h, block_w: pixels of the tile, in one row for consecutive ones; for the gradient of
             the input, of the output region that a program multiplies, halo included.
         block_m: filters of the tile; for the gradient of the input, of one step of the reduction.
-        split: parts of the pixels, for the gradient of the weight; programs that walk.
+        split: parts of the pixels, for the gradient of the weight.
         span: neighbouring output pixels that share a run, for runs.
     """
 
@@ -76,8 +74,7 @@ class Runs:
 def runs_of(problem: ConvProblem, span: int, engine: int = RUNS) -> Runs | None:
     """The runs of ``span`` pixels; None where the input's rows are not contiguous.
 
-    Aligned ones start where all spans start alike, at multiples of up to 16 bytes; the ones that
-    programs walk have no steps of the reduction that hold only zeros.
+    Aligned ones start where all spans start alike, at multiples of up to 16 bytes.
     """
     if problem.x_strides[-1] == 1:
         inner = 1
@@ -88,17 +85,12 @@ def runs_of(problem: ConvProblem, span: int, engine: int = RUNS) -> Runs | None:
     hop, lead = problem.stride[-1], inner * problem.padding[-1] % 2
     if inner * hop * span % 2:
         return None
-    if engine != RUNS:
+    if engine == ALIGNED:
         whole = math.gcd(inner * hop * span, max(1, 16 // problem.dtype.itemsize))
         lead = -inner * problem.padding[-1] % whole
     pixels = hop * (span - 1) + problem.dilation[-1] * (problem.kernel[-1] - 1) + 1
     length = power_of_two(lead + inner * pixels, 8, 1 << 20)
     count = problem.in_channels // inner * problem.taps // problem.kernel[-1]
-    if engine in WALKS:
-        block_k = max(16, length)
-        if engine == WHOLE:
-            block_k = triton.next_power_of_2(length * count)
-        return Runs(inner, lead, length, count, block_k, cdiv(length * count, block_k) * block_k)
     padded = {block: cdiv(length * count, block) * block for block in (64, 32, 16)}
     least = min(padded.values())
     block_k = next(block for block, depth in padded.items() if depth <= 1.15 * least)

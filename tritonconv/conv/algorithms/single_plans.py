@@ -9,14 +9,7 @@ import triton
 
 from ...runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 from ..problem import ConvProblem
-from . import (
-    single_flat,
-    single_forward,
-    single_gradients,
-    single_run_gradients,
-    single_runs,
-    single_walk,
-)
+from . import single_flat, single_forward, single_gradients, single_run_gradients, single_runs
 from .common import (
     epilogue_arguments,
     lifted,
@@ -31,7 +24,6 @@ from .single_geometry import (
     FMA,
     MMA,
     RUN_ENGINES,
-    WALKS,
     Runs,
     SingleConfig,
     dgrad_tile,
@@ -157,12 +149,9 @@ def _run_plan(problem: ConvProblem, config: SingleConfig, constexprs: dict[str, 
         },
         num_warps=4,
     )
-    tiles = tiles_of(problem, config)
-    walked = config.engine in WALKS
-    kernel = single_runs.single_forward_run_kernel
     product = KernelCall(
-        single_walk.single_forward_walk_kernel if walked else kernel,
-        (min(tiles, config.split), tiles_m, 1) if walked else (tiles * tiles_m, 1, 1),
+        single_runs.single_forward_run_kernel,
+        (tiles_of(problem, config) * tiles_m, 1, 1),
         (
             Slot("input"),
             Slot("unrolled"),
@@ -171,7 +160,6 @@ def _run_plan(problem: ConvProblem, config: SingleConfig, constexprs: dict[str, 
             epilogue.pointers,
             epilogue.strides,
             *spatial_arguments(problem),
-            *((tiles,) if walked else ()),
         ),
         {
             **constexprs,

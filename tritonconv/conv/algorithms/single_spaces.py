@@ -22,11 +22,14 @@ from ..problem import ConvProblem, Direction
 from .common import lifted
 from .footprints import cdiv
 from .single_geometry import (
+    ALIGNED,
     FLAT,
     FMA,
     MMA,
+    RUN_ENGINES,
     RUNS,
     SHARED_ELEMENTS,
+    Runs,
     SingleConfig,
     counts_on,
     dgrad_blocks,
@@ -55,6 +58,18 @@ def _space(
         rule for rule in constraints if rule.predicate(*(values[name] for name in rule.parameters))
     )
     return ConfigSpace(SingleConfig, parameters, tuple(kept), default)
+
+
+def _aligns(problem: ConvProblem, span: int) -> bool:
+    """Whether runs that begin at whole vectors differ from those that begin at even elements."""
+    aligned = runs_of(problem, span, ALIGNED)
+    return aligned is not None and aligned != runs_of(problem, span)
+
+
+def _runs(problem: ConvProblem, config: SingleConfig) -> Runs | None:
+    if config.engine not in RUN_ENGINES:
+        return None
+    return runs_of(problem, config.span, config.engine)
 
 
 def _powers(name: str, low: int, high: int, default: int) -> PowerOfTwo:
@@ -88,11 +103,15 @@ def forward_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Sing
         if counts_on(problem):
             engines.append(FLAT)
             most_w = max(most_w, min(128, triton.next_power_of_2(height * width)))
+    if RUNS in engines and any(_aligns(problem, span) for span in spans if span > 1):
+        engines.append(ALIGNED)
 
     @functools.cache
-    def run_tile(block_m: int, span: int) -> bool:
-        runs = runs_of(problem, span)
+    def run_tile(engine: int, block_m: int, span: int) -> bool:
+        runs = runs_of(problem, span, engine)
         if runs is None or runs.depth > 1024:
+            return False
+        if engine == ALIGNED and not _aligns(problem, span):
             return False
         # All filters in one tile: otherwise each tile copies the runs again.
         return span > 1 and 16 <= block_m * span <= 256 and block_m == min(most_m, 128)
@@ -103,7 +122,7 @@ def forward_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Sing
             Choice("num_warps", tuple(dict.fromkeys((default.num_warps, 4, 8, 2)))),
             _powers("block_m", min(8, most_m), min(128, most_m), default.block_m),
             _powers("block_w", 16, min(256, most_w), default.block_w),
-            _powers("block_h", 1, min(8, most_h), default.block_h),
+            _powers("block_h", 1, min(16 if ALIGNED in engines else 8, most_h), default.block_h),
             Choice("span", tuple(sorted(spans)), ordered=True),
             Choice("num_stages", tuple(dict.fromkeys((default.num_stages, 3, 1)))),
             Choice("split", (1,)),
@@ -151,16 +170,21 @@ def forward_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Sing
             Constraint(
                 "spans",
                 "only runs have a span",
-                lambda engine, span: engine == RUNS or span == 1,
+                lambda engine, span: engine in RUN_ENGINES or span == 1,
+            ),
+            Constraint(
+                "high tiles",
+                "sixteen rows pay where copies are whole vectors",
+                lambda engine, block_h: engine == ALIGNED or block_h <= max(8, default.block_h),
             ),
             Constraint(
                 "runs",
                 "runs have a span, a tile of all filters, and 32 to 128 rows",
                 lambda engine, num_warps, block_m, block_w, block_h, span: (
-                    engine != RUNS
+                    engine not in RUN_ENGINES
                     or (
                         num_warps >= 4
-                        and run_tile(block_m, span)
+                        and run_tile(engine, block_m, span)
                         and 32 <= block_h * block_w // span <= 128
                     )
                 ),
@@ -168,7 +192,7 @@ def forward_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Sing
             Constraint(
                 "stages",
                 "only runs are loaded in a loop",
-                lambda engine, num_stages: (num_stages > 1) == (engine == RUNS),
+                lambda engine, num_stages: (num_stages > 1) == (engine in RUN_ENGINES),
             ),
             Constraint(
                 "registers",
@@ -250,6 +274,8 @@ def wgrad_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Single
         if found:
             engines.append(RUNS)
             spans += found
+            if any(_aligns(problem, span) for span in found):
+                engines.append(ALIGNED)
 
     @functools.cache
     def splits(engine: int, block_h: int, block_w: int, block_m: int, span: int) -> tuple[int, ...]:
@@ -261,7 +287,9 @@ def wgrad_space(problem: ConvProblem, device: DeviceFacts) -> ConfigSpace[Single
         """Of the accumulator; none where there are no such runs."""
         if engine == MMA:
             return power_of_two(depth, 16, 64) if span == 1 else 0
-        runs = runs_of(problem, span)
+        if engine == ALIGNED and not _aligns(problem, span):
+            return 0
+        runs = runs_of(problem, span, engine)
         return power_of_two(runs.depth, 16, 256) if runs and runs.depth <= 1024 else 0
 
     return _space(
@@ -374,7 +402,7 @@ def _wgrad_split(problem: ConvProblem, config: SingleConfig, device: DeviceFacts
     depth = problem.taps * problem.in_channels
     grids = cdiv(problem.out_channels, config.block_m)
     programs = 4 * device.sm_count
-    runs = runs_of(problem, config.span) if config.engine == RUNS else None
+    runs = _runs(problem, config)
     if runs is not None:
         grids *= cdiv(runs.depth, 256)
         if config.span * config.block_m * runs.depth > 16384:
@@ -449,7 +477,7 @@ def single_footprint(problem: ConvProblem, config: SingleConfig, device: DeviceF
     y_bytes = math.prod(problem.y_shape) * size
     tiles = tiles_of(problem, config)
     m_tiles = cdiv(problem.out_channels, config.block_m)
-    runs = runs_of(problem, config.span) if config.engine == RUNS else None
+    runs = _runs(problem, config)
     if runs is not None and problem.direction is Direction.FORWARD:
         columns = config.span * config.block_m
         units = pixels // config.span
