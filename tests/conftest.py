@@ -8,10 +8,14 @@ device the same tests launch the compiled kernels, and count as ``gpu`` tests (`
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +33,31 @@ import triton
 from tritonconv.runtime import tables
 from tritonconv.runtime.compat import interpreting
 from tritonconv.runtime.settings import settings
+
+if interpreting():
+    from triton.runtime import interpreter
+
+    # The interpreter spends half of its time on conditions that no integer overflows, which it
+    # throws away where `debug` is off.
+    assert not interpreter.interpreter_builder.options.debug
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+
+    @functools.cache
+    def _builtins(package: object) -> list[str]:
+        """Read before anything is patched, as what is patched no longer looks like a builtin."""
+        members = inspect.getmembers(package)
+        return [name for name, value in members if triton.language.core.is_builtin(value)]
+
+    def _patch_builtin(package: object, *rest: Any) -> None:
+        """What Triton's does, without listing all members of the language at every call."""
+        for name in _builtins(package):
+            member = getattr(package, name)
+            if triton.language.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, *rest)
+
+    interpreter._patch_builtin = _patch_builtin
 
 LAYERS = {"interpreter": "interpreter", "aot": "ahead of time", "gpu": "gpu"}
 _outcomes: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in LAYERS}

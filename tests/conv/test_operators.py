@@ -89,10 +89,11 @@ def quantised(x: Tensor, w: Tensor) -> Tensor:
 FUSED_SHAPES = ((2, 3, 5, 4), (4, 3, 3, 3), (4,), (2, 4, 5, 4), (4,))
 
 
-def recorded(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+@functools.cache  # those who ask clone the operands
+def recorded(device: torch.device, kernels: bool) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """One call of every operator: of the forward pass, a first and a second derivative."""
     x, w, *_ = inputs = leaves(*FUSED_SHAPES, device=device)
-    with Recorder() as recorder:
+    with tc.backend("auto" if kernels else "torch"), Recorder() as recorder:
         gradients(functools.partial(tc.conv2d, padding=1), (x, w), 2)
         for function in (fused, fused_transposed):
             gradients(function, inputs, 2)
@@ -136,7 +137,7 @@ def test_opcheck(name: str, requires_grad: bool, kernels: bool, device: torch.de
     if requires_grad and name in FORWARD_ONLY:
         pytest.skip("has no gradient, which it says where one is asked for")
     with tc.backend("auto" if kernels else "torch"):
-        func, args = recorded(device)[name]
+        func, args = recorded(device, kernels)[name]
         torch.library.opcheck(func, _clone(args, requires_grad))
 
 
