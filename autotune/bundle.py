@@ -117,6 +117,20 @@ def write(bundle: Bundle, path: Path) -> None:
     replace_text(path, bundle.to_text())
 
 
+def load_bundle_file(path: Path) -> Bundle:
+    """The bundle of a file.
+
+    Raises:
+        ArgumentValueError: the file holds none.
+    """
+    try:
+        bundle = load_bundle(path)
+        Environment.from_dict(bundle.environment)
+    except (OSError, InvalidEntryError) as error:
+        raise bad_value("bundle", f"a bundle of tuned entries in {path}", error) from None
+    return bundle
+
+
 def load_tables(path: Path) -> list[Bundle]:
     """What a path holds: a bundle file, or a table directory with a bundle per environment.
 
@@ -124,12 +138,7 @@ def load_tables(path: Path) -> list[Bundle]:
         ArgumentValueError: there is neither.
     """
     if path.is_file():
-        try:
-            bundle = load_bundle(path)
-            Environment.from_dict(bundle.environment)
-            return [bundle]
-        except (OSError, InvalidEntryError) as error:
-            raise bad_value("bundle", f"a bundle of tuned entries in {path}", error) from None
+        return [load_bundle_file(path)]
     # A cache directory holds its table in a folder.
     root = path / "tuned" if (path / "tuned").is_dir() else path
     found: dict[str, list[Entry]] = {}
@@ -243,6 +252,7 @@ __all__ = [
     "describe_environment",
     "export",
     "file_name",
+    "load_bundle_file",
     "load_tables",
     "merge",
     "outdated",

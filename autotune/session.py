@@ -26,6 +26,7 @@ from tritonconv.runtime.tables import Entry, Environment, Timing, Trial, environ
 from .compiling import CompileResult
 from .hardware import compiled_limits
 from .measure import CandidateError, Lab, Timer, time_in_turns, time_once
+from .renew import trial_plan
 from .report import Check, Options, Progress, Report, Result
 from .search import (
     Budget,
@@ -326,7 +327,8 @@ class Session:
             timing, note = time_once(timer, candidate)
         except CandidateError as error:
             return replace(trial, status=error.failure.status, reason=error.failure.reason)
-        return replace(trial, timing=timing, reason=note)
+        plan = trial_plan(self.operator, self.problem, trial)
+        return replace(trial, timing=timing, reason=note, plan=plan)
 
     def _too_hungry(self, candidate: Candidate, resources: Resources | None) -> str | None:
         """Why a compiled candidate is not worth timing; the default is timed whatever it takes."""

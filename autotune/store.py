@@ -179,6 +179,14 @@ class Store:
             self._write(path, merged)
         return Stored(merged, path)
 
+    def rewrite(self, path: Path, old: Entry, new: Entry) -> bool:
+        """Put an entry into the place of one that was read, unless another process changed it."""
+        with locked(path.parent):
+            if read_located(path) != old:
+                return False
+            self._write(path, new)
+        return True
+
     def withdraw(
         self, environment: Environment, entry: Entry, is_wrong: Callable[[Trial], bool]
     ) -> None:

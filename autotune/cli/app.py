@@ -25,6 +25,7 @@ from . import (
     merge,
     plot,
     quickstart,
+    renew,
     selfcheck,
     show,
     tune,
@@ -90,6 +91,7 @@ app.command("explain")(explain.explain)
 app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("verify")(verify.verify)
+app.command("renew")(renew.renew)
 app.command("export")(export.export)
 app.command("import")(import_.import_)
 app.command("merge")(merge.merge)

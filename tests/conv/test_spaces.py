@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tritonconv.autotune.search import Effort, StrategyName, make_strategy
@@ -38,8 +38,23 @@ problems = st.fixed_dictionaries(
 )
 
 
+FEW_SHORT_RUNS = {
+    "batch": 8,
+    "in_channels": 512,
+    "out_channels": 2048,
+    "height": 8,
+    "kernel": 2,
+    "stride": 1,
+    "padding": 1,
+    "dtype": "bfloat16",
+    "precision": "ieee",
+    "layout": "channels_last",
+}
+
+
 @settings(max_examples=40, deadline=None)
 @given(problems, st.sampled_from(Direction), st.sampled_from(("sm_90", "sm_86")), st.booleans())
+@example(FEW_SHORT_RUNS, Direction.WGRAD, "sm_90", False)  # boxes had 1,188 configs
 def test_spaces_of_arbitrary_problems(
     fields: dict[str, Any], direction: Direction, target: str, grouped: bool
 ) -> None:

@@ -80,6 +80,7 @@ class Trial:
         max_error: against the float64 reference; None when it was not compared.
         resources: of the compiled kernels; None when they are not known.
         compile_s: seconds that compiling took; None when it is not known.
+        plan: digest of what was launched; empty when it is not known, or is not ours.
     """
 
     algorithm: str
@@ -90,6 +91,7 @@ class Trial:
     max_error: float | None = None
     resources: Resources | None = None
     compile_s: float | None = None
+    plan: str = ""
 
 
 @dataclass(frozen=True)
@@ -335,6 +337,8 @@ def trial_to_json(trial: Trial) -> dict[str, Any]:
         value["resources"] = {name: amount for name, amount in known.items() if amount is not None}
     if trial.compile_s is not None:
         value["compile_s"] = trial.compile_s
+    if trial.plan:
+        value["plan"] = trial.plan
     return value
 
 
@@ -365,4 +369,5 @@ def trial_from_json(value: Any) -> Trial:
         None if error is None else float(error),
         resources,
         None if seconds is None else float(seconds),
+        str(value.get("plan", "")),
     )

@@ -189,8 +189,10 @@ def _wgrad_space(
         ),
         Constraint(
             "short steps",
-            "so few pixels a step pay where several taps share them or runs are short",
-            lambda block_k, taps: block_k >= 64 or taps > 3 or shortest < 32,
+            "so few pixels a step pay where several taps share them, or two where runs are short",
+            lambda block_k, taps: (
+                block_k >= min(64, pixels) or taps > 3 or (shortest < 32 and taps > 1)
+            ),
         ),
         Constraint(
             "splits",
