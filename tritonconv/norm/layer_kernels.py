@@ -134,7 +134,7 @@ def layer_norm_gradients_kernel(
     for step in tl.range(first, last, num_stages=STAGES):
         top = step
         if WIDE:
-            top = step.to(tl.int64)
+            top = tl.cast(step, tl.int64)
         row = top * BLOCK_R + tl.arange(0, BLOCK_R)
         there = row < rows
         offsets = _along(row) * columns + _across(column)

@@ -19,6 +19,8 @@ def _rows(x: Tensor, dims: int) -> tuple[int, ...]:
 def statistics(x: Tensor, dims: int, eps: float) -> Tensor:
     """(2, rows): mean and 1 / √(var + eps) over the last ``dims`` axes, at least in float32."""
     axes = list(range(x.dim() - dims, x.dim()))
+    if not x.numel():  # of which PyTorch warns
+        return x.new_zeros((2, x.shape[: x.dim() - dims].numel()), dtype=wide_dtype(x.dtype))
     var, mean = torch.var_mean(x.to(wide_dtype(x.dtype)), axes, correction=0)
     return torch.stack([mean.reshape(-1), torch.rsqrt(var + eps).reshape(-1)])
 
