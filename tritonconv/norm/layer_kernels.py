@@ -2,7 +2,8 @@
 
 A tile is (chunks, rows, lanes), the columns of a row being the first and the last axis: where the
 lanes are as many as one warp loads at once, every warp has rows of its own, and sums over a row
-need no shared memory.
+need no shared memory. It is loaded and stored as a matrix of (chunks · rows, lanes), along whose
+height every release of Triton lays warps out; with three axes they differ in the order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,25 @@ def _columns(columns, CHUNKS: tl.constexpr, LANES: tl.constexpr):
     """Columns of a tile, and which of them there are: (chunks, lanes)."""
     column = tl.arange(0, CHUNKS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     return column, column < columns
+
+
+@triton.jit
+def _place(top, rows, columns, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, LANES: tl.constexpr):
+    """Offsets and mask of a tile in memory: (chunks · rows, lanes)."""
+    line = tl.arange(0, CHUNKS * BLOCK_R)
+    row = top + line % BLOCK_R
+    column = (line // BLOCK_R * LANES)[:, None] + tl.arange(0, LANES)[None, :]
+    return row[:, None] * columns + column, (row < rows)[:, None] & (column < columns)
+
+
+@triton.jit
+def _store(ptr, offsets, tile, mask, MASKED: tl.constexpr):
+    """Write a tile in the dtype of the memory."""
+    tile = tl.reshape(tile, offsets.shape).to(ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(ptr + offsets, tile, mask=mask)
+    else:
+        tl.store(ptr + offsets, tile)
 
 
 @triton.jit
@@ -75,20 +95,16 @@ def layer_norm_kernel(
         program = program.to(tl.int64)
     row = program * BLOCK_R + tl.arange(0, BLOCK_R)
     column, inside = _columns(columns, CHUNKS, LANES)
-    offsets = _along(row) * columns + _across(column)
-    mask = _along(row < rows) & _across(inside)
-    x = _load(x_ptr, offsets, mask, MASKED)
+    offsets, mask = _place(program * BLOCK_R, rows, columns, CHUNKS, BLOCK_R, LANES)
+    x = tl.reshape(_load(x_ptr, offsets, mask, MASKED), (CHUNKS, BLOCK_R, LANES))
     mean = _row_sum(x) * share
     x -= _along(mean)
     if MASKED:
-        x = tl.where(mask, x, 0.0)
+        x = tl.where(_across(inside), x, 0.0)
     rstd = tl.rsqrt(_row_sum(x * x) * share + eps)
     y = x * _along(rstd) * _across(_parameter(weight_ptr, column, inside, WEIGHT, 1.0))
     y += _across(_parameter(bias_ptr, column, inside, BIAS, 0.0))
-    if MASKED:
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty))
+    _store(y_ptr, offsets, y, mask, MASKED)
     if STATS:
         tl.store(stats_ptr + row, mean, mask=row < rows)
         tl.store(stats_ptr + rows + row, rstd, mask=row < rows)
@@ -137,10 +153,9 @@ def layer_norm_gradients_kernel(
             top = tl.cast(step, tl.int64)
         row = top * BLOCK_R + tl.arange(0, BLOCK_R)
         there = row < rows
-        offsets = _along(row) * columns + _across(column)
-        mask = _along(there) & _across(inside)
-        g = _load(grad_ptr, offsets, mask, MASKED)
-        x = _load(x_ptr, offsets, mask, MASKED)
+        offsets, mask = _place(top * BLOCK_R, rows, columns, CHUNKS, BLOCK_R, LANES)
+        g = tl.reshape(_load(grad_ptr, offsets, mask, MASKED), (CHUNKS, BLOCK_R, LANES))
+        x = tl.reshape(_load(x_ptr, offsets, mask, MASKED), (CHUNKS, BLOCK_R, LANES))
         mean = tl.load(stats_ptr + row, mask=there, other=0.0)
         rstd = tl.load(stats_ptr + rows + row, mask=there, other=0.0)
         # Outside of the matrix it is no zero, but g is.
@@ -154,10 +169,7 @@ def layer_norm_gradients_kernel(
             constant = _row_sum(g) * share
             slope = _row_sum(g * normal) * share
             out = (g - _along(constant) - normal * _along(slope)) * _along(rstd)
-            if MASKED:
-                tl.store(grad_x_ptr + offsets, out.to(grad_x_ptr.dtype.element_ty), mask=mask)
-            else:
-                tl.store(grad_x_ptr + offsets, out.to(grad_x_ptr.dtype.element_ty))
+            _store(grad_x_ptr, offsets, out, mask, MASKED)
     if GRAD_WEIGHT:
         at = parts_ptr + part * columns + column
         tl.store(at, tl.sum(products, axis=1), mask=inside)

@@ -12,7 +12,6 @@ from .problem import power_of_two
 
 MAX_COLUMNS = 8192
 """Values of a row that one program holds; PyTorch computes wider ones."""
-_ELEMENTS = 4096  # of a tile, where a row has no more
 _MAX_ROWS = 256  # of a tile
 
 
@@ -86,17 +85,17 @@ class Split:
     merge_c: int
 
 
-def _tile(problem: LayerNormProblem, values: int) -> Tile:
-    """A tile of 4096 values, or of one row that has more; ``values`` of them to a thread."""
+def _tile(problem: LayerNormProblem, elements: int, values: int) -> Tile:
+    """A tile of some values, or of one row that has more; ``values`` of them to a thread."""
     block_c = power_of_two(problem.columns)
     lanes = min(block_c, 32 * problem.vector)
-    block_r = min(max(1, _ELEMENTS // block_c), _MAX_ROWS, power_of_two(problem.rows))
+    block_r = min(max(1, elements // block_c), _MAX_ROWS, power_of_two(problem.rows))
     return Tile(block_c // lanes, block_r, lanes, max(1, block_c * block_r // (32 * values)))
 
 
 def forward_tile(problem: LayerNormProblem) -> Tile:
     """Tiles of four warps: one tile to a program, many programs at a time."""
-    return _tile(problem, 32)
+    return _tile(problem, 4096, 32)
 
 
 def gradient_split(problem: LayerNormProblem, device: DeviceFacts) -> Split:
@@ -104,14 +103,17 @@ def gradient_split(problem: LayerNormProblem, device: DeviceFacts) -> Split:
 
     A thread has 16 values of either map and as many sums for either parameter: 128 registers, with
     which a multiprocessor holds 16 warps. One tile more under way would take a few registers more.
+    Rows of more than 512 columns come in programs of sixteen warps: what adds the parts finds half
+    as many of them, and the compiler keeps to 128 registers because it has to.
     """
-    tile = _tile(problem, 16)
+    tile = _tile(problem, 4096 if problem.columns <= 512 else 8192, 16)
     steps = -(-problem.rows // tile.block_r)
     per_unit = max(1, 16 // max(8, tile.num_warps))
     parts = max(1, min(per_unit * device.sm_count, steps))
     elements = tile.chunks * tile.block_r * tile.lanes
     read = problem.dtype.itemsize + problem.output.itemsize
-    stages = max(2, min(3, 1 + 48 * 1024 // (elements * read)))
+    stages = 1 + min(64 * 1024, device.shared_bytes // 2) // (elements * read)
+    stages = max(2, min(3, stages))
     return Split(tile, parts, stages, min(256, power_of_two(parts)), 16)
 
 
