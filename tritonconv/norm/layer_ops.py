@@ -62,7 +62,7 @@ def _problem(
         output,
         None if weight is None else weight.dtype,
         None if bias is None else bias.dtype,
-        eps,
+        float(eps),
     )
 
 
