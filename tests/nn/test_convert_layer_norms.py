@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import tritonconv as tc
 from tritonconv.nn import convert, revert
 
+from .graph_cases import counts, eager_reasons
+
 pytestmark = pytest.mark.interpreter
 
 
@@ -106,6 +108,23 @@ def test_a_block_trains_as_before(
         assert type(model.get_submodule(path)) is type(module)
         assert set(model.get_submodule(path).__dict__) == set(module.__dict__)
     torch.testing.assert_close(step(model, x), step(plain, x), rtol=1e-4, atol=1e-5)
+
+
+def test_steps_as_cuda_graphs_are_the_eager_ones(place: str) -> None:
+    eager = block(8).to(place, memory_format=torch.channels_last).train()
+    ours = copy.deepcopy(eager)
+    convert(eager, layer_norm=True)
+    assert convert(ours, layer_norm=True, cuda_graph=True).cuda_graph
+    for seed in range(3):
+        x = torch.randn(2, 8, 5, 4, generator=torch.Generator().manual_seed(seed)).to(place)
+        for model in (eager, ours):
+            with torch.autocast(place, torch.bfloat16):
+                y = model(x.contiguous(memory_format=torch.channels_last))
+            assert y.dtype is torch.bfloat16
+            y.float().square().mean().backward()
+    for mine, theirs in zip(ours.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=3e-2, atol=3e-2)
+    assert counts(ours) == (1, 3) and not eager_reasons(ours)
 
 
 def test_layer_norms_are_left_alone_unless_asked_for() -> None:
