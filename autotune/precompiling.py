@@ -136,8 +136,8 @@ def precompile(
 
     The model runs once on PyTorch's kernels, which shows its problems; what each runs is looked up
     in the tuned tables, as the step will do; nothing is tuned. Parameters, buffers and gradients
-    are as before. Kernels of batch norms and those that are generated for gradients of epilogues
-    are not covered: the first step compiles them.
+    are as before. Kernels of norms and those that are generated for gradients of epilogues are
+    not covered: the first step compiles them.
 
     Args:
         model: any module of one tensor, in the mode (training or evaluation) it will run in, with

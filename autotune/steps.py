@@ -72,6 +72,7 @@ def step_times(
     graph: bool = False,
     one_thread: bool = False,
     batch_norm: bool = False,
+    layer_norm: bool = False,
     convert_graph: bool = False,
     steps: int = 20,
     jobs: int | None = None,
@@ -96,6 +97,7 @@ def step_times(
             that: what the host does for a step no longer counts.
         one_thread: run backward passes on the calling thread, not on autograd's own.
         batch_norm: convert batch norms too.
+        layer_norm: convert layer norms too.
         convert_graph: convert with ``cuda_graph=True``: loss and optimiser stay outside of graphs,
             and PyTorch's contender is eager.
         steps: of each contender in each of three rounds.
@@ -136,6 +138,7 @@ def step_times(
             graph=graph,
             one_thread=one_thread,
             batch_norm=batch_norm,
+            layer_norm=layer_norm,
             convert_graph=convert_graph,
         )
         for how in ((False, True) if compiled else (False,))
@@ -177,6 +180,7 @@ class _Contender:
         graph: bool = False,
         one_thread: bool = False,
         batch_norm: bool = False,
+        layer_norm: bool = False,
         convert_graph: bool = False,
     ) -> None:
         self.ours = who == OURS
@@ -198,7 +202,9 @@ class _Contender:
         self.written_on_ours = any(_is_ours(module) for module in own.modules())
         self.converted = 0
         if self.ours:
-            report = convert(own, batch_norm=batch_norm, cuda_graph=self.inside)
+            report = convert(
+                own, batch_norm=batch_norm, layer_norm=layer_norm, cuda_graph=self.inside
+            )
             self.converted = len(report.converted)
         self.parameters = tuple(own.parameters())
         self.tensors = (*self.parameters, *own.buffers())

@@ -17,6 +17,7 @@ from .conv.scaled import (
     scaled_conv3d,
 )
 from .conv.statistics import conv1d_with_stats, conv2d_with_stats, conv3d_with_stats
+from .norm.layer_api import layer_norm
 from .runtime.backend import backend
 from .runtime.errors import TritonConvError
 from .runtime.explain import explain, tuning
@@ -36,6 +37,7 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose3d",
     "explain",
+    "layer_norm",
     "nn",
     "quantize_per_channel",
     "quantize_per_tensor",

@@ -92,6 +92,9 @@ def bench(
     batch_norm: Annotated[
         bool, typer.Option("--batch-norm", help="With --model: convert batch norms too.")
     ] = False,
+    layer_norm: Annotated[
+        bool, typer.Option("--layer-norm", help="With --model: convert layer norms too.")
+    ] = False,
     convert_graph: Annotated[
         bool,
         typer.Option(
@@ -128,6 +131,7 @@ def bench(
         "--graph": graph,
         "--one-thread": one_thread,
         "--batch-norm": batch_norm,
+        "--layer-norm": layer_norm,
         "--convert-graph": convert_graph,
         "--jobs": jobs is not None,
     }
@@ -147,7 +151,8 @@ def bench(
         arguments = parse_shape(model_args) if model_args else None
         options = _step_options(batch, size, channels, dtype, layout)
         options |= {"compiled": compiled, "graph": graph, "one_thread": one_thread}
-        options |= {"batch_norm": batch_norm, "convert_graph": convert_graph, "jobs": jobs}
+        options |= {"batch_norm": batch_norm, "layer_norm": layer_norm}
+        options |= {"convert_graph": convert_graph, "jobs": jobs}
         times = step_times(model, arguments, **options, progress=out.say)
         _steps(out, model, times, one_thread=one_thread)
         return

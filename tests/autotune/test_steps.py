@@ -44,6 +44,14 @@ class Normalised(Net):
         self.first = nn.Sequential(self.first, nn.BatchNorm2d(4), nn.ReLU())  # type: ignore[assignment]
 
 
+class LayerNormalised(Net):
+    """A layer norm behind its first convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(self.first, nn.LayerNorm(8))  # type: ignore[assignment]
+
+
 class Refuses(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if type(self.first).__module__.startswith("tritonconv"):
@@ -115,6 +123,15 @@ def test_batch_norms_are_converted_on_request() -> None:
     options: dict[str, Any] = dict(batch=2, size=(8, 8), dtype="float32", steps=1, device="cpu")
     counts = [
         steps.step_times("test_steps:Normalised", batch_norm=asked, **options)[1].converted
+        for asked in (False, True)
+    ]
+    assert counts == [2, 3]
+
+
+def test_layer_norms_are_converted_on_request() -> None:
+    options: dict[str, Any] = dict(batch=2, size=(8, 8), dtype="float32", steps=1, device="cpu")
+    counts = [
+        steps.step_times("test_steps:LayerNormalised", layer_norm=asked, **options)[1].converted
         for asked in (False, True)
     ]
     assert counts == [2, 3]

@@ -5,6 +5,7 @@ from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, Conv
 from .convert import ConversionReport, Converted, Kept, convert, revert
 from .graph_capture import GraphedStepError
 from .graphed import CudaGraphReport, cuda_graph_report, without_cuda_graphs
+from .layer_norm import LayerNorm, LayerNorm1d, LayerNorm2d, LayerNorm3d
 from .norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .scaled import ScaledConv1d, ScaledConv2d, ScaledConv3d
 
@@ -26,6 +27,10 @@ __all__ = [
     "CudaGraphReport",
     "GraphedStepError",
     "Kept",
+    "LayerNorm",
+    "LayerNorm1d",
+    "LayerNorm2d",
+    "LayerNorm3d",
     "ScaledConv1d",
     "ScaledConv2d",
     "ScaledConv3d",

@@ -1,4 +1,4 @@
-"""Convert the convolutions and batch norms of an existing model in place, and back.
+"""Convert the convolutions and norms of an existing model in place, and back.
 
 A module keeps its identity: only its class changes, so parameters, hooks, state_dict keys, the
 optimizer's references and modules that are shared stay what they were.
@@ -20,12 +20,13 @@ from .activate import TAKEN, followers, take_over
 from .conv import CONVERTED, Fused
 from .fold import ACTIVATIONS, CLASS, Chain, _hooked, _inner_activation, chains, fold_into
 from .graphed import Graphed, graph, ungraph
+from .layer_norm import LAYER_NORMS, converted_layer_norm
 from .norm import NORMS, Activated, converted_norm
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A convolution or batch norm that runs on the library's kernels now.
+    """A convolution or norm that runs on the library's kernels now.
 
     Attributes:
         name: path of the module in the model.
@@ -42,7 +43,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Kept:
-    """A convolution or batch norm that stays as it is, and why."""
+    """A convolution or norm that stays as it is, and why."""
 
     name: str
     kind: str
@@ -131,10 +132,27 @@ def _convert_norm(module: nn.Module) -> None:
     module.__class__ = converted_norm(kind)  # type: ignore[assignment]
 
 
+def _why_layer_norm_kept(module: nn.Module) -> str | None:
+    """Why a layer norm cannot be converted; None when it can."""
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        return "its parameters are parametrized"
+    if converted_layer_norm(kind) is None:
+        return f"subclass of a layer norm: {kind.__module__}.{kind.__qualname__}"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    return None
+
+
 def convert(
-    model: nn.Module, *, fold: bool = False, batch_norm: bool = False, cuda_graph: bool = False
+    model: nn.Module,
+    *,
+    fold: bool = False,
+    batch_norm: bool = False,
+    layer_norm: bool = False,
+    cuda_graph: bool = False,
 ) -> ConversionReport:
-    """Run the convolutions of a model on the library's kernels, in place; batch norms on request.
+    """Run the convolutions of a model on the library's kernels, in place; norms on request.
 
     Every convolution of ``torch.nn``, of one to three axes and transposed, and with ``batch_norm``
     every batch norm, becomes the module of that name in :mod:`tritonconv.nn` with the same
@@ -242,6 +260,8 @@ def convert(
         rows[module] = Converted(name, folded, chain.end, kind)
     if batch_norm:
         rows |= _convert_norms(model, paths)
+    if layer_norm:
+        rows |= _convert_layer_norms(paths)
     for module in graphed:
         graph(module)
     reason = graph(model) if cuda_graph else ""
@@ -288,6 +308,22 @@ def _convert_norms(
         if taken is not None or module in fresh:
             folded = () if taken is None else (paths[taken],)
             rows[module] = Converted(paths[module], folded, reason, type(module).__name__)
+    return rows
+
+
+def _convert_layer_norms(paths: dict[nn.Module, str]) -> dict[nn.Module, Converted | Kept]:
+    """Convert the layer norms among the modules of a model."""
+    rows: dict[nn.Module, Converted | Kept] = {}
+    for module, path in paths.items():
+        if not isinstance(module, nn.LayerNorm) or type(module) in LAYER_NORMS:
+            continue
+        reason = _why_layer_norm_kept(module)
+        if reason is not None:
+            rows[module] = Kept(path, type(module).__name__, reason)
+            continue
+        module.__dict__[CLASS] = type(module)
+        module.__class__ = converted_layer_norm(type(module))  # type: ignore[assignment]
+        rows[module] = Converted(path, kind=type(module).__name__)
     return rows
 
 

@@ -1,1 +1,1 @@
-"""Batch normalisation with an activation: public function, operators, kernels."""
+"""Batch normalisation with an activation, layer normalisation: functions, operators, kernels."""
