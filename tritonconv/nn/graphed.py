@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..runtime.errors import bad_type
+from ..runtime.errors import bad_type, bad_value
 from . import graph_calls as calls
 from .graph_calls import Arguments, Survey, Unfit
 from .graph_capture import Capture, CudaGraphs, Ticket
@@ -52,6 +52,9 @@ _EXPECTED = {
     calls.NO_GPU.format("cpu"),
 }
 """Reasons that no one needs to be warned of."""
+
+
+_MODES_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 class _Local(threading.local):
@@ -111,6 +114,7 @@ class Captures:
     graphs: type[CudaGraphs] = CudaGraphs
 
     def __init__(self) -> None:
+        self.compiled: Callable[..., Any] | None = None
         self.drop()
 
     def drop(self) -> None:
@@ -128,6 +132,11 @@ class Captures:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Captures, ()
+
+    def compile(self, forward: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        """Have graphs captured of the compiled forward, and eager calls made of it."""
+        self.drop()
+        self.compiled = torch.compile(forward, **options)
 
     def report(self) -> CudaGraphReport:
         """What became of the calls."""
@@ -234,6 +243,20 @@ class Captures:
 class Graphed(nn.Module):
     """A module whose training steps are captured; made by :func:`tritonconv.nn.convert`."""
 
+    def compile(self, **options: Any) -> None:
+        """As ``torch.nn.Module.compile``: what is captured then is what the compiler makes of it.
+
+        Args:
+            options: of ``torch.compile``, but no graphs of its own (``mode="reduce-overhead"``).
+
+        Raises:
+            ArgumentValueError: a mode of graphs.
+        """
+        if options.get("mode") in _MODES_WITH_GRAPHS:
+            expected = "a mode without CUDA graphs, which the module has already"
+            raise bad_value("mode", expected, repr(options["mode"]))
+        self.__dict__[CAPTURES].compile(self.__dict__[FORMER].forward, options)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the former class, as this one has no name that it could be found by."""
         reduced: Any = super().__reduce_ex__(protocol)
@@ -268,7 +291,8 @@ def _derived(former: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return eager(self, *args, **kwargs)
-        return self.__dict__[CAPTURES].run(self, eager, args, kwargs)
+        captures: Captures = self.__dict__[CAPTURES]
+        return captures.run(self, captures.compiled or eager, args, kwargs)
 
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(former, name) for name in names}
@@ -289,6 +313,8 @@ def graph(model: nn.Module) -> str:
         return f"{kind.__name__} writes its own class"
     if "forward" in model.__dict__:
         return "its forward was replaced on the instance"
+    if model.__dict__.get("_compiled_call_impl") is not None:
+        return "it was compiled before: call its compile() after convert"
     try:
         model.__class__ = graphed_class(kind)
     except TypeError as error:
