@@ -343,5 +343,10 @@ def test_graphs_inside_of_the_model_beside_eager_steps() -> None:
     assert (theirs.contender, ours.contender) == ("PyTorch", "tritonconv, cuda_graph=True")
     for row in (theirs, ours):
         assert row.timing is not None and not row.reason
+    *_, compiled = steps.step_times(
+        "test_steps:QuietNormalised", convert_graph=True, compiled=True, **options
+    )
+    assert compiled.contender == "tritonconv, compiled, cuda_graph=True"
+    assert compiled.timing is not None and not compiled.reason
     with pytest.raises(ArgumentValueError, match="convert_graph: expected False with graph"):
         steps.step_times("test_steps:Quiet", convert_graph=True, graph=True)
