@@ -36,8 +36,8 @@ class UndescribedError(TritonConvError, TypeError):
 def plan_digest(plan: LaunchPlan | None) -> str:
     """Hash of everything that a plan launches; empty where there is no plan, as for PyTorch's own.
 
-    Equal digests are equal launches: two trees, Python versions or days make no difference, nor do
-    comments and the names of files.
+    Equal digests are equal launches; comments, files and other code make no difference. Where the
+    source of a fused function is generated otherwise by another PyTorch or Triton, digests differ.
 
     Example:
         >>> from tritonconv.runtime.device import nominal_device
