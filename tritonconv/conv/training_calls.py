@@ -85,7 +85,9 @@ class Products:
 
         It is the sum that ``codegen.elementwise.pull_back`` makes for the operators.
         """
-        return grad.sum(self._summed).to(grad.dtype)  # autocast, if on in a backward, widens sums
+        total = grad.sum(self._summed).to(grad.dtype)  # autocast, if on in a backward, widens sums
+        # What is left besides the filters are axes of one element.
+        return total if total.dim() == 1 else total.reshape(grad.shape[1])
 
     def gradients(
         self, grad: Tensor, x: Tensor | None, w: Tensor | None, need_x: bool, need_w: bool
