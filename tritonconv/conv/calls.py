@@ -77,7 +77,7 @@ def convolve(
         x = x.unsqueeze(0)
     arguments.check_tensors(x, w, bias, rank)
     x, w, bias = arguments.autocast(x, w, bias)
-    given = x, w
+    given = x, w, bias
     arguments.check_operands(x, w, bias, rank, groups, output_padding is not None)
     strides = arguments.ints(stride, rank, "stride", 1)
     dilations = arguments.ints(dilation, rank, "dilation", 1)
@@ -95,9 +95,9 @@ def convolve(
         size, strides, pads, dilations = [1, *size], [1, *strides], [0, 0, *pads], [1, *dilations]
     geometry = (strides, pads, dilations, groups, precision)
     result = None if output_padding is None else size
-    if key is not None and epilogue is None and bias is None and not unbatched:
+    if key is not None and epilogue is None and not unbatched:
         # The first call too: what is saved for backward is alike in a checkpoint's second run.
-        products = _remember_products(key, rank, x, w, result, geometry)
+        products = _remember_products(key, rank, x, w, bias, result, geometry)
         if products is not None:
             return products(*given)
     if epilogue is None and bias is None:
@@ -206,13 +206,19 @@ def _remember_products(
     rank: int,
     x: Tensor,
     w: Tensor,
+    bias: Tensor | None,
     result: list[int] | None,
     geometry: tuple[Any, ...],
 ) -> Products | None:
     """Prepare a call with gradients; None where there are none, or operators are to compute it."""
-    if not (torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)):
+    needed = x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
+    if not (needed and torch.is_grad_enabled()):
         return None
-    products = prepared_products(x, w, geometry, result, squeezed=rank == 1)
+    added = None
+    if bias is not None:
+        function = epilogue_key(None, True, (), x.dtype, rank, rank == 1)
+        added = function, _operands(rank, bias, ())[0]
+    products = prepared_products(x, w, geometry, result, rank == 1, added)
     if products is not None:
         _store(key, PreparedCall(rank, result, geometry, None, products, products.epoch))
     return products

@@ -39,6 +39,7 @@ from .ops import (
     product_with_torch,
     refresh,
 )
+from .prepared_products import prepared_product
 from .problem import ConvProblem, EpilogueSpec
 
 Tensor = torch.Tensor
@@ -164,23 +165,12 @@ def prepared_forward(
     if function is not None and captures_of(function):
         return None, True
     problem = problem_of(x, w, operands, [], function, False, geometry, result)
-    shape, strides = problem.result_shape, problem.result_strides
-    dtype, device = x.dtype, x.device
-    if 0 in shape or 0 in problem.w_shape or 0 in x.shape:
+    if 0 in problem.result_shape or 0 in problem.w_shape or 0 in x.shape:
         return None, True
-    prepared = runner(problem, device)
-    executable = prepared.executable
-    if executable is None or not prepared.asked.final:
+    prepared = runner(problem, x.device)
+    if prepared.executable is None or not prepared.asked.final:
         return None, prepared.asked.final
-    if squeezed:
-        shape, strides = (*shape[:2], *shape[3:]), (*strides[:2], *strides[3:])
-
-    def forward(x: Tensor, w: Tensor, *operands: Tensor) -> Tensor:
-        y = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-        executable(x, w, y, *operands)
-        return y
-
-    return forward, True
+    return prepared_product(prepared, x, w, geometry[1], squeezed), True
 
 
 @functools.cache

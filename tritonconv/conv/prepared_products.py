@@ -1,7 +1,7 @@
 """Products of one kind of tensors as eager calls make them: what is constant is worked out once.
 
 Where kernels of this library were chosen a prepared product is their launch; where PyTorch's was,
-the same call as ``algorithms/aten.py`` makes, without its work per call.
+the same calls as ``algorithms/aten.py`` makes, without its work per call.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..codegen.elementwise import apply_into
+from ..codegen.ir import Role
+from ..codegen.program import ScalarFunction
+from ..codegen.registry import program_of
 from ..runtime.compat import cudnn_settings
 from ..runtime.settings import settings
 from .dispatch import ATEN, Runner
@@ -17,7 +21,8 @@ from .problem import FLOAT8, ConvProblem, Direction
 from .pytorch import CHANNELS_LAST
 
 Tensor = torch.Tensor
-Product = Callable[[Tensor, Tensor], Tensor]
+Product = Callable[..., Tensor]
+"""A product of two tensors; the operands of its epilogue follow them."""
 Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _convolution = torch.ops.aten.convolution.default
@@ -27,10 +32,14 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 def prepared_product(
     found: Runner, first: Tensor, second: Tensor, padding: Sequence[int], squeezed: bool = False
 ) -> Product:
-    """What computes the bare product of tensors like these two.
+    """What computes the product of tensors like these two, with the problem's epilogue if any.
+
+    Operands of the epilogue follow the two tensors, as a call gives them: their own axes and
+    strides are not looked at, as the problem says where their elements are.
 
     Args:
-        found: the problem of these tensors with its final choice.
+        found: the problem of these tensors with its final choice; its epilogue captures nothing
+            and does not save the accumulator.
         first, second: the product's operands, with all axes of the problem.
         padding: flat (low, high) of the convolution as the operators take it.
         squeezed: the product's operands and result lack the first spatial axis, of size one.
@@ -42,9 +51,9 @@ def prepared_product(
             shape, strides = (*shape[:2], *shape[3:]), (*strides[:2], *strides[3:])
         dtype, device = problem.result_dtype, first.device
 
-        def launch(a: Tensor, b: Tensor) -> Tensor:
+        def launch(a: Tensor, b: Tensor, *operands: Tensor) -> Tensor:
             out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            executable(a, b, out)
+            executable(a, b, out, *operands)
             return out
 
         return launch
@@ -57,6 +66,8 @@ def prepared_product(
             named = {names[0]: a, names[1]: b}
             return found.algorithm.compute(problem, named)  # type: ignore[attr-defined]
 
+    if problem.epilogue is not None:
+        return _with_epilogue(product, problem, squeezed)
     if not squeezed:
         return product
 
@@ -66,6 +77,31 @@ def prepared_product(
         return torch.ops.aten._unsafe_view.default(out, (*out.shape[:2], *out.shape[3:]))
 
     return without_axis
+
+
+def _with_epilogue(product: Product, problem: ConvProblem, squeezed: bool) -> Product:
+    """A bare product of operands with all axes, and the problem's epilogue behind it."""
+    spec = problem.epilogue
+    assert spec is not None
+    function = ScalarFunction(program_of(spec.function), ()).with_roles(acc=Role.ELEMENT).program
+    shape, strides, dtype = problem.result_shape, problem.result_strides, problem.result_dtype
+    without = (*shape[:2], *shape[3:]), (*strides[:2], *strides[3:])
+
+    def fused(a: Tensor, b: Tensor, *operands: Tensor) -> Tensor:
+        if squeezed:
+            a, b = a.unsqueeze(2), b.unsqueeze(2)
+            out = torch.empty_strided(*without, dtype=dtype, device=a.device)
+            target = out.as_strided(shape, strides)
+        else:
+            out = target = torch.empty_strided(shape, strides, dtype=dtype, device=a.device)
+        elements = map(_spread, operands, spec.element_strides)
+        apply_into(function, target, [product(a, b), *elements], ())
+        return out
+
+    def _spread(operand: Tensor, strides: tuple[int, ...]) -> Tensor:
+        return operand.as_strided(shape, strides)
+
+    return fused
 
 
 def prepared_gradients(

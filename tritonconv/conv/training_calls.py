@@ -19,6 +19,7 @@ from ..runtime.backend import uses_triton
 from ..runtime.errors import bad_type
 from . import ops
 from .dispatch import runner
+from .fused_ops import problem_of
 from .prepared_products import Product, prepared_gradients, prepared_product
 
 Tensor = torch.Tensor
@@ -35,10 +36,10 @@ def _is_plain(t: Tensor | None) -> bool:
 
 
 class Products:
-    """The product of one kind of tensors and its two gradients, prepared.
+    """The product of one kind of tensors, with a bias or without, and its gradients, prepared.
 
     Attributes:
-        forward: computes the product of tensors of this kind.
+        forward: computes the product of tensors of this kind, of which the bias is the third.
         epoch: the state of tables and settings that this holds for.
     """
 
@@ -50,6 +51,7 @@ class Products:
         geometry: tuple[Any, ...],
         in_size: list[int],
         kernel: list[int],
+        summed: tuple[int, ...],
         epoch: int,
     ) -> None:
         """Keep what the operators need.
@@ -60,6 +62,7 @@ class Products:
             result: spatial extent of a transposed convolution's result; None for a convolution.
             geometry: stride, padding, dilation, groups, precision as the operators take them.
             in_size, kernel: spatial extents of input and weight, with all axes of the problems.
+            summed: axes of a result that the gradient of a bias is summed over.
             epoch: of tables and settings when the product was looked for.
         """
         self.forward = forward
@@ -69,12 +72,22 @@ class Products:
         self._geometry = geometry
         self._in_size = in_size
         self._kernel = kernel
+        self._summed = summed
         self._prepared: dict[Any, _Gradients] = {}
 
-    def __call__(self, x: Tensor, w: Tensor) -> Tensor:
-        """The product, differentiably."""
-        y: Tensor = _Product.run(self, x, w)
+    def __call__(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product, differentiably; with a bias where that is what was prepared."""
+        y: Tensor = _Product.run(self, x, w, bias)
         return y
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """Gradient by the bias, (filters,), differentiable and in the result's dtype.
+
+        It is the sum that ``codegen.elementwise.pull_back`` makes for the operators.
+        """
+        total = grad.sum(self._summed).to(grad.dtype)  # autocast, if on in a backward, widens sums
+        # What is left besides the filters are axes of one element.
+        return total if total.dim() == 1 else total.reshape(grad.shape[1])
 
     def gradients(
         self, grad: Tensor, x: Tensor | None, w: Tensor | None, need_x: bool, need_w: bool
@@ -199,6 +212,7 @@ def prepared_products(
     geometry: tuple[Any, ...],
     result: list[int] | None,
     squeezed: bool,
+    bias: tuple[str, Tensor] | None = None,
 ) -> Products | None:
     """The product of tensors like these, prepared; None where the operators are to compute it.
 
@@ -207,15 +221,14 @@ def prepared_products(
         geometry: stride, padding, dilation, groups, precision as the operators take them.
         result: spatial extent of a transposed convolution's result; None for a convolution.
         squeezed: the calls' tensors lack the first spatial axis, which is of size one.
+        bias: key of the epilogue that adds it, and it with all axes of the result.
     """
     if not uses_triton(x.device) or not ops.has_kernels(x) or 0 in x.shape or 0 in w.shape:
         return None
     epoch = tables.epoch()
     ops.refresh()
-    if result is None:
-        problem = ops.forward_problem(x, w, *geometry)
-    else:
-        problem = ops.dgrad_problem(x, w, result, geometry)
+    function, operands = (None, []) if bias is None else (bias[0], [bias[1]])
+    problem = problem_of(x, w, operands, [], function, False, geometry, result)
     if 0 in problem.result_shape:
         return None
     found = runner(problem, x.device)
@@ -223,22 +236,31 @@ def prepared_products(
         return None
     forward = prepared_product(found, x, w, geometry[1], squeezed)
     sizes = list(x.shape[2:]), list(w.shape[2:])
-    return Products(forward, squeezed, result, geometry, *sizes, epoch)
+    shape = list(problem.result_shape)
+    if squeezed:
+        del shape[2]
+    # Axes of one element are left out, as the operators do: an order of sums may depend on it.
+    summed = tuple(axis for axis, size in enumerate(shape) if size > 1 and axis != 1)
+    return Products(forward, squeezed, result, geometry, *sizes, summed or (0,), epoch)
 
 
 class _Product(library.OpFunction):
-    """y = the product of x and w; called in plain eager code only."""
+    """y = the product of x and w, and a bias if there is one; called in plain eager code only."""
 
     @staticmethod
-    def forward(ctx: Any, products: Products, x: Tensor, w: Tensor) -> Tensor:
+    def forward(ctx: Any, products: Products, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.products = products
-        _, need_x, need_w = ctx.needs_input_grad
-        # What the other operand's gradient does not need is not kept alive.
+        _, need_x, need_w, _ = ctx.needs_input_grad
+        # What the other operand's gradient does not need is not kept alive, nor ever the bias.
         ctx.save_for_backward(x if need_w else None, w if need_x else None)
-        return products.forward(x, w)
+        return products.forward(x, w) if bias is None else products.forward(x, w, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, w = ctx.saved_tensors
-        _, need_x, need_w = ctx.needs_input_grad
-        return None, *ctx.products.gradients(grad, x, w, need_x, need_w)
+        _, need_x, need_w, need_bias = ctx.needs_input_grad
+        products = ctx.products
+        by_x = by_w = None
+        if need_x or need_w:
+            by_x, by_w = products.gradients(grad, x, w, need_x, need_w)
+        return None, by_x, by_w, products.bias_gradient(grad) if need_bias else None
