@@ -47,6 +47,12 @@ MOST_UNROLLED = 512
 _MOST_SCALAR_TAPS = 128
 _LARGE = 16 << 20
 """Bytes of output from which on an additional launch for the weights pays."""
+_LARGE_ALIGNED = 8 << 20
+"""The same where runs begin at whole vectors."""
+_HOPPERS = 200 << 10
+"""Shared memory of the GPUs that they were timed on."""
+_WIDE_WINDOW = 64
+"""Elements of a window from which on runs that begin at whole vectors were the fastest."""
 
 
 def _space(
@@ -64,6 +70,26 @@ def _aligns(problem: ConvProblem, span: int) -> bool:
     """Whether runs that begin at whole vectors differ from those that begin at even elements."""
     aligned = runs_of(problem, span, ALIGNED)
     return aligned is not None and aligned != runs_of(problem, span)
+
+
+def _aligned_default(
+    problem: ConvProblem, device: DeviceFacts, block_h: int, num_warps: int, most_depth: int
+) -> SingleConfig | None:
+    """Runs of wide windows at whole vectors, as measured for 7×7 stems (docs/benchmarks)."""
+    _, height, width = lifted(problem.out_size, 1)
+    bytes_out = math.prod(problem.y_shape) * problem.dtype.itemsize
+    if is_scalar(problem) or bytes_out < _LARGE_ALIGNED or min(height, width) < 16:
+        return None
+    if device.shared_bytes < _HOPPERS:
+        return None
+    if problem.taps * problem.in_channels < _WIDE_WINDOW or not _aligns(problem, 2):
+        return None
+    runs = runs_of(problem, 2, ALIGNED)
+    block_m = power_of_two(problem.out_channels, 16, 128)
+    if runs is None or runs.depth > most_depth or block_m > 64:
+        return None
+    config = SingleConfig(ALIGNED, block_h, 16, block_m, num_warps, 3, span=2)
+    return config if _has_room(problem, config, device) else None
 
 
 def _runs(problem: ConvProblem, config: SingleConfig) -> Runs | None:
@@ -213,6 +239,9 @@ def _forward_default(problem: ConvProblem, device: DeviceFacts) -> SingleConfig:
     most_m = triton.next_power_of_2(problem.out_channels)
     most_h = triton.next_power_of_2(height)
     large = math.prod(problem.y_shape) * problem.dtype.itemsize >= _LARGE
+    aligned = _aligned_default(problem, device, 16, 4, 1024)
+    if aligned is not None:
+        return aligned
     if not is_scalar(problem) and window > 16 and large and 16 <= most_m <= 128:
         span = max(2, min(8, 128 // most_m, 1 << (width.bit_length() - 1)))
         runs = runs_of(problem, span)
@@ -371,6 +400,9 @@ def _wgrad_default(problem: ConvProblem, device: DeviceFacts) -> SingleConfig:
     large = math.prod(problem.y_shape) * problem.dtype.itemsize >= _LARGE
     span = max(1, min(4, 128 // most_m))
     runs = runs_of(problem, span) if span <= width else None
+    aligned = _aligned_default(problem, device, 8, 8, 256)
+    if aligned is not None:
+        return dataclasses.replace(aligned, split=_wgrad_split(problem, aligned, device))
     if not is_scalar(problem) and window > 16 and large and runs is not None and runs.depth <= 256:
         block_w = least_waste(width, 16, 64)
         block_h = max(1, min(32 * span // block_w, most_h))
