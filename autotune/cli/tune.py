@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import torch
@@ -15,7 +15,9 @@ from tritonconv.runtime import missed as missed_problems
 from tritonconv.runtime.device import DeviceFacts, device_facts
 from tritonconv.runtime.environment import environment
 from tritonconv.runtime.errors import TritonConvError, bad_value
+from tritonconv.runtime.lookup import Tier
 from tritonconv.runtime.operators import Operator, Problem, get_operator
+from tritonconv.runtime.tables import tuned_table
 
 from ..compiling import COMPILE_SECONDS
 from ..distributed import tune_sharded, under_torchrun
@@ -70,6 +72,10 @@ def tune(
     missed: Annotated[
         bool,
         typer.Option("--missed", help="Tune what your own programs ran untuned on this GPU."),
+    ] = False,
+    missing: Annotated[
+        bool,
+        typer.Option("--missing", help="Leave out what some table has for this very GPU."),
     ] = False,
     model_args: ModelArgsOption = None,
     batch: BatchOption = 8,
@@ -156,11 +162,15 @@ def tune(
     else:
         pairs = _missed_pairs(operators, facts_or_nominal(target)[0])
     pairs = unique_pairs(pairs)
+    if missing:
+        asked, pairs = len(pairs), untuned(pairs, facts_or_nominal(target)[0])
+        out.say(f"{asked - len(pairs)} of {asked} problems are tuned already")
     if dry_run:
         show_dry_run(out, pairs, facts_or_nominal(target)[0], options)
         return
     if not pairs:
-        out.result({"asked": 0, "reports": []}, "no problem has run untuned on this GPU")
+        why = "nothing is missing" if missing else "no problem has run untuned on this GPU"
+        out.result({"asked": 0, "reports": []}, why)
         return
     setting = Setup(jobs, not in_process, compile_timeout, run_timeout)
     devices = None if gpus is None else parse_gpus(gpus)
@@ -228,6 +238,16 @@ def _run(
             lab=lab,
             compiler=compiler,
         )
+
+
+def untuned(pairs: Iterable[Pair], facts: DeviceFacts) -> list[Pair]:
+    """The problems that no table has an entry of, for this device and these versions."""
+    table = tuned_table(facts)
+    return [
+        (operator, problem)
+        for operator, problem in pairs
+        if table.lookup(operator, problem).tier is not Tier.EXACT
+    ]
 
 
 def _missed_pairs(operators: Sequence[str] | None, facts: DeviceFacts) -> list[Pair]:

@@ -113,6 +113,25 @@ def test_a_dry_run_needs_no_gpu_and_says_what_is_left_out(cache: Path, scale: Sc
 
 
 @no_gpu
+def test_missing_leaves_out_what_is_tuned(cache: Path, scale: Scale) -> None:
+    words = ("tune", scale.name, "--shapes", "size=64", "--shapes", "size=9", "--missing")
+
+    def sizes() -> list[int]:
+        tables.invalidate()
+        rows = as_json(cache, *words, "--dry-run")["problems"]
+        return [row["problem"]["size"] for row in rows]
+
+    assert sizes() == [64, 9]
+    Store().save(ENV, winner(1))
+    assert sizes() == [9], "the nearest entry serves, but is not of the problem"
+    Store().save(ENV, winner(1, size=9, source="source-0"))
+    assert sizes() == [9], "a stale one is none"
+    Store().save(ENV, winner(1, size=9))
+    assert sizes() == []
+    assert "2 of 2 problems are tuned already" in invoke(cache, *words, "--dry-run").stderr
+
+
+@no_gpu
 def test_the_precision_of_a_suite_is_chosen(cache: Path) -> None:
     arguments = ("tune", "--shapes", "multi_channel", "--dry-run", "--effort", "none")
     value = as_json(cache, *arguments, "--precision", "tf32", "--precision", "tf32x3")
