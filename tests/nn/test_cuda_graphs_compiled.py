@@ -92,8 +92,10 @@ def test_without_graphs_the_compiled_module_is_differentiable_twice(place: str) 
 
 def test_modes_with_graphs_of_their_own_are_refused(place: str) -> None:
     _, ours = pair(place, Net())
-    with pytest.raises(ArgumentValueError, match="mode: expected a mode without CUDA graphs"):
+    with pytest.raises(ArgumentValueError, match="mode: expected one without CUDA graphs"):
         ours.compile(mode="reduce-overhead")
+    with pytest.raises(ArgumentValueError, match="options: expected without CUDA graphs"):
+        ours.compile(options={"triton.cudagraphs": True})
 
 
 def test_a_module_that_was_compiled_before_says_so() -> None:

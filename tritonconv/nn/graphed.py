@@ -252,9 +252,11 @@ class Graphed(nn.Module):
         Raises:
             ArgumentValueError: a mode of graphs.
         """
+        expected = "without CUDA graphs, which the module has already"
         if options.get("mode") in _MODES_WITH_GRAPHS:
-            expected = "a mode without CUDA graphs, which the module has already"
-            raise bad_value("mode", expected, repr(options["mode"]))
+            raise bad_value("mode", f"one {expected}", repr(options["mode"]))
+        if (options.get("options") or {}).get("triton.cudagraphs"):
+            raise bad_value("options", expected, "triton.cudagraphs")
         self.__dict__[CAPTURES].compile(self.__dict__[FORMER].forward, options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
