@@ -171,16 +171,18 @@ def convert(
             by ``torch.fx``; where the model cannot be traced, by tracing its submodules, each
             taken to be called as a whole. The model must stay in eval mode until it is reverted.
         batch_norm: whether batch norms that are not folded are converted too. Off by
-            default: with ``cuda_graph`` steps gain by it, without it the host's time outweighs that.
+            default: steps gain with ``cuda_graph``; without, the host's time outweighs that.
+        layer_norm: whether layer norms are converted too, PyTorch's and those of timm and
+            torchvision. Off by default: under autocast their results are no longer float32.
         cuda_graph: whether ``model(...)`` in training mode, and its backward pass, run as CUDA
             graphs, so that the host no longer limits them; the loop around it stays what it was.
             The first call of a kind (shapes, strides, dtypes, autocast, modes of submodules, which
             parameters take gradients) is captured, which takes some steps' time and the memory of
             one step; eight kinds are kept. Running statistics, random numbers and gradients are
             those of the steps that were asked for. What a graph cannot do runs eagerly and says
-            why, once: :func:`cuda_graph_report`. ``model.compile()`` afterwards has what
-            ``torch.compile`` makes of it captured. What the model's Python code does beside, such as
-            printing, happens at captures only. See the guide, "Training steps as CUDA graphs".
+            why, once: :func:`cuda_graph_report`. After ``model.compile()`` what
+            ``torch.compile`` makes of it is captured. What the model's Python code does beside,
+            such as printing, happens at captures only. Guide: "Training steps as CUDA graphs".
 
     Returns:
         What was converted and folded, what was not, and why.
