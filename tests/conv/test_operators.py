@@ -113,7 +113,7 @@ def _clone(value: Any, requires_grad: bool) -> Any:
     return value
 
 
-NORMS = "tritonconv::batch_norm_"
+NORMS = ("tritonconv::batch_norm_", "tritonconv::layer_norm")
 """Of another family, whose own tests check them: tests/norm."""
 
 
