@@ -2,7 +2,7 @@
 
 The sanitizer slows whatever it watches, and racecheck so much that the suite is out of its reach.
 Here each algorithm of each operator runs the smallest problems that it wins in the packaged tables
-at the configs that won, then the test suite's problems at its defaults; after these the norms.
+at the configs that won, and the test suite's problems at its defaults; and the norms.
 
     python -m tests.launches                       # compiles; the next line then only launches
     compute-sanitizer --tool racecheck python -m tests.launches --share 0/4 --seconds 300
@@ -13,22 +13,21 @@ Prints a line per launch, and at the end how many there were and how many are le
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 import tritonconv as tc
 from tritonconv.autotune.bundle import load_bundle_file
-from tritonconv.conv.dispatch import OPERATORS, make_runner
+from tritonconv.conv.dispatch import OPERATORS
 from tritonconv.conv.problem import ConvProblem
 from tritonconv.norm.api import batch_norm
 from tritonconv.runtime.device import device_facts
 from tritonconv.runtime.operators import Config, get_operator
-from tritonconv.runtime.tables import Choice, Tier, packaged_directory
+from tritonconv.runtime.tables import packaged_directory
 
 from .conv.cases import PROBLEMS, rank_of
 
@@ -50,8 +49,7 @@ class Convolution:
     def __call__(self, device: torch.device) -> None:
         operator = get_operator(self.problem.operator)
         tensors = operator.make_tensors(self.problem, device, torch.Generator(device))
-        choice = Choice(self.algorithm, self.config, Tier.DEFAULT)
-        make_runner(self.problem, choice)(*tensors.values())
+        operator.algorithm(self.algorithm).launch(self.problem, self.config, tensors)
 
 
 @dataclass(frozen=True)
@@ -128,12 +126,11 @@ def norms() -> list[Norm]:
     return [Norm(n, s, d) for n, some in shapes.items() for s in some for d in dtypes]
 
 
-def launches() -> Iterator[Launch]:
-    """Everything: one launch of each algorithm first, then the next of each."""
-    for row in itertools.zip_longest(*winners().values(), norms()):
-        yield from filter(None, row)
-    for row in itertools.zip_longest(*defaults().values()):
-        yield from filter(None, row)
+def launches() -> list[Launch]:
+    """Everything, the least work first: time that runs out takes only the largest."""
+    rows = (*winners().values(), *defaults().values())
+    products = sorted((c for row in rows for c in row), key=lambda c: c.problem.flops())
+    return [*norms(), *products]
 
 
 def main() -> None:
@@ -144,7 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     first, step = map(int, options.share.split("/"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = list(itertools.islice(launches(), first, None, step))
+    chosen = launches()[first::step]
     begun = time.monotonic()
     done = 0
     for launch in chosen:
