@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from torch.testing._internal.two_tensor import TwoTensor
 
 import tritonconv as tc
 from tritonconv.conv import calls, ops
 from tritonconv.conv.dispatch import OPERATORS, make_runner
+from tritonconv.conv.epilogue import static_identity
 from tritonconv.conv.problem import ConvProblem, Direction
 from tritonconv.runtime.accuracy import check
 from tritonconv.runtime.device import device_facts
@@ -67,6 +69,42 @@ def test_a_rebound_global_function(anew: bool, device: torch.device) -> None:
         for _ in range(2):
             epilogue = evaluated("lambda y: act(y)", scope) if anew else made
             torch.testing.assert_close(tc.conv2d(x, w, epilogue=epilogue), act(y))
+
+
+@BOTH
+@pytest.mark.usefixtures("server")
+def test_a_rebound_global_number(device: torch.device) -> None:
+    x, w, y = operands(device)
+    scope: dict[str, Any] = {}
+    for slope in (2, 0.5, 2.0, True, 2):
+        scope["slope"] = slope
+        for _ in range(2):
+            epilogue = evaluated("lambda y: y * slope", scope)
+            torch.testing.assert_close(tc.conv2d(x, w, epilogue=epilogue), y * slope)
+
+
+def test_functions_that_cannot_change_need_no_look_at_their_state() -> None:
+    scope = {"torch": torch, "F": functional, "act": torch.relu, "relu": [], "slope": 0.1}
+    for text in (
+        "lambda y: torch.relu(y)",  # an attribute, not the global of that name
+        "lambda y: F.silu(y) + abs(y)",
+        "lambda y: (lambda z: act(z))(y) * slope",
+    ):
+        fn = evaluated(text, scope)
+        assert static_identity(fn) == static_identity(evaluated(text, scope)) is not None
+    for fixed in (torch.relu, functional.silu, functional.gelu, functional.leaky_relu):
+        assert static_identity(fixed) is fixed
+    for text in ("lambda y: relu[0](y)", "lambda y, f=abs: f(y)"):
+        assert static_identity(evaluated(text, scope)) is None
+
+    def imports(y: Tensor) -> Tensor:
+        import math
+
+        return y * math.pi
+
+    assert static_identity(imports) is None
+    one, other = evaluated("lambda y: y * n", {"n": 1}), evaluated("lambda y: y * n", {"n": 1.0})
+    assert static_identity(one) != static_identity(other)
 
 
 @BOTH

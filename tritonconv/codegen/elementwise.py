@@ -53,11 +53,13 @@ def _full_mask(rank: int) -> int:
     return (1 << rank) - 1
 
 
-def _dims(mask: int, rank: int) -> list[int]:
+def dims_of(mask: int, rank: int) -> list[int]:
+    """The axes whose bits are set."""
     return [axis for axis in range(rank) if mask >> axis & 1]
 
 
-def _allocate(shape: Sequence[int], dtype: torch.dtype, channels_last: bool, device: Any) -> Tensor:
+def allocate(shape: Sequence[int], dtype: torch.dtype, channels_last: bool, device: Any) -> Tensor:
+    """An uninitialised tensor in one of the two memory formats."""
     form = torch.contiguous_format
     if channels_last and len(shape) in (4, 5):
         form = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
@@ -90,23 +92,41 @@ def _elementwise(
     views = [t.expand(space) for t in elements]
     if not uses_triton(device):
         return _with_torch(program, space, views, captures, reduce, dtypes, channels_last)
-    to_channel = _full_mask(rank) & ~(1 << CHANNEL)
-    # A sum over all axes but the channel (or over all) ends in the kernel's partial sums; any
-    # other subset is summed by PyTorch from the elementwise result.
-    reduced = tuple(mask in (to_channel, _full_mask(rank)) for mask in reduce)
+    reduced = summed_in_kernel(reduce, rank)
     outputs = [
-        None if summed else _allocate(space, info.dtype if mask else dtype, channels_last, device)
+        None if summed else allocate(space, info.dtype if mask else dtype, channels_last, device)
         for summed, mask, dtype, info in zip(reduced, reduce, dtypes, program.outputs, strict=True)
     ]
     results = run_kernel(function, space, views, captures, outputs, reduced)
+    return finish_sums(results, space, reduce, reduced, dtypes)
+
+
+def summed_in_kernel(reduce: Sequence[int], rank: int) -> tuple[bool, ...]:
+    """A sum over all axes but the channel, or over all, ends in the kernel's partial sums.
+
+    Any other subset of axes is summed by PyTorch from the elementwise result.
+    """
+    to_channel = _full_mask(rank) & ~(1 << CHANNEL)
+    return tuple([mask in (to_channel, _full_mask(rank)) for mask in reduce])
+
+
+def finish_sums(
+    results: Sequence[Tensor],
+    space: tuple[int, ...],
+    reduce: Sequence[int],
+    reduced: Sequence[bool],
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor]:
+    """Sums of what the kernel left to be summed, in the dtypes asked for."""
+    rank = len(space)
     finished = []
     for result, summed, mask, dtype in zip(results, reduced, reduce, dtypes, strict=True):
         if summed:
-            total = result.sum(0) if mask == to_channel else result.sum().reshape(1)
+            total = result.sum() if mask == _full_mask(rank) else result.sum(0)
             result = total.reshape(_reduced_shape(space, mask))
         elif mask:
-            result = result.sum(_dims(mask, rank), keepdim=True)
-        finished.append(result.to(dtype))
+            result = result.sum(dims_of(mask, rank), keepdim=True)
+        finished.append(result if result.dtype is dtype else result.to(dtype))
     return finished
 
 
@@ -140,8 +160,8 @@ def _with_torch(
     for result, mask, dtype in zip(results, reduce, dtypes, strict=True):
         value = result.expand(space)
         if mask:
-            value = value.sum(_dims(mask, len(space)), keepdim=True)
-        out = _allocate(value.shape, dtype, channels_last and not mask, value.device)
+            value = value.sum(dims_of(mask, len(space)), keepdim=True)
+        out = allocate(value.shape, dtype, channels_last and not mask, value.device)
         finished.append(out.copy_(value))
     return finished
 
@@ -158,7 +178,7 @@ def _elementwise_fake(
     device = elements[0].device if elements else captures[0].device
     dtypes = [_DTYPES[code] for code in codes]
     return [
-        _allocate(_reduced_shape(shape, mask), dtype, channels_last and not mask, device)
+        allocate(_reduced_shape(shape, mask), dtype, channels_last and not mask, device)
         for mask, dtype in zip(reduce, dtypes, strict=True)
     ]
 
@@ -341,7 +361,7 @@ def pull_back(
     for name in wrt:
         if name in position:
             tensor = elements[position[name]]
-            reduce.append(_broadcast_mask(tensor.shape, space))
+            reduce.append(broadcast_mask(tensor.shape, space))
             dtypes.append(tensor.dtype)
         else:
             load = program.loads[int(name.split(":")[1])]
@@ -401,7 +421,8 @@ def _without_plain_indices(program: Program) -> Program:
     return replace(program, graph=graph, outputs=outputs, _derived={})
 
 
-def _broadcast_mask(shape: Sequence[int], space: Sequence[int]) -> int:
+def broadcast_mask(shape: Sequence[int], space: Sequence[int]) -> int:
+    """Bits of the axes along which a tensor is broadcast to an index space."""
     lead = len(space) - len(shape)
     mask = (1 << lead) - 1
     for axis, size in enumerate(shape):
@@ -437,7 +458,7 @@ def _evaluate_derivative(
     channels_last: bool,
 ) -> list[Tensor]:
     """One fused call, except that outputs which are an operand unchanged need no kernel."""
-    direct = _passed_through(derivative)
+    direct = passed_through(derivative)
     if all(name is not None for name in direct):
         operands = [a.name for a in derivative.arguments if a.role is Role.ELEMENT]
         results = []
@@ -445,7 +466,7 @@ def _evaluate_derivative(
             value = elements[operands.index(name)]  # type: ignore[arg-type]
             value = value.expand(space)
             if mask:
-                value = value.sum(_dims(mask, len(space)), keepdim=True)
+                value = value.sum(dims_of(mask, len(space)), keepdim=True)
             results.append(value.to(dtype))
         return results
     return list(
@@ -462,7 +483,7 @@ def _evaluate_derivative(
 
 
 @functools.cache
-def _passed_through(program: Program) -> tuple[str | None, ...]:
+def passed_through(program: Program) -> tuple[str | None, ...]:
     """For each output, the ELEMENT argument that it equals, if it is one."""
     placeholders = {}
     arguments = iter(program.arguments)
@@ -480,4 +501,16 @@ def _passed_through(program: Program) -> tuple[str | None, ...]:
     return tuple(names)
 
 
-__all__ = ["ELEMENTWISE", "apply", "apply_into", "dtype_codes", "pull_back"]
+__all__ = [
+    "ELEMENTWISE",
+    "allocate",
+    "apply",
+    "apply_into",
+    "broadcast_mask",
+    "dims_of",
+    "dtype_codes",
+    "finish_sums",
+    "passed_through",
+    "pull_back",
+    "summed_in_kernel",
+]

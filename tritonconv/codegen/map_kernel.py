@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,7 +102,69 @@ def _spans_wide(
     return any(2 * extent >= 2**31 for extent in spans)
 
 
-_EXECUTABLES: dict[Any, tuple[Executable, tuple[int, ...]]] = {}
+_BOUND: dict[Any, BoundMap] = {}
+
+
+@dataclass(frozen=True)
+class BoundMap:
+    """The kernel of one program over tensors of one kind, which are read by pointer.
+
+    Attributes:
+        executable: the launch; takes the outputs, then elements and captures.
+        partial_shape: (parts, channels) of what it writes for an output that it sums.
+        dtypes: of the outputs as the program makes them.
+        device: where it runs.
+    """
+
+    executable: Executable
+    partial_shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+    def __call__(self, outputs: Sequence[Tensor | None], *tensors: Tensor) -> list[Tensor]:
+        """Launch; an output of None is allocated and holds partial sums."""
+        results = [
+            torch.empty(self.partial_shape, dtype=dtype, device=self.device) if out is None else out
+            for out, dtype in zip(outputs, self.dtypes, strict=True)
+        ]
+        self.executable(*results, *tensors)
+        return results
+
+
+def bind_kernel(
+    key: str,
+    shape: tuple[int, ...],
+    elements: Sequence[Tensor],
+    captures: Sequence[Tensor],
+    outputs: Sequence[Tensor | None],
+    reduced: tuple[bool, ...],
+) -> BoundMap:
+    """The kernel for tensors of this kind; ``outputs[i]`` is None where it writes partial sums.
+
+    Args:
+        key: of the program.
+        shape: the index space, (batch, channels, ...), of which no axis is empty.
+        elements: one tensor per ELEMENT argument, expanded to ``shape``.
+        captures: what the program reads at computed indices.
+        outputs: tensors like those that it will write.
+        reduced: which outputs are summed over all axes but the channel.
+    """
+    device = elements[0].device if elements else captures[0].device
+    cache_key = (
+        key,
+        shape,
+        reduced,
+        tuple([(t.dtype, t.stride()) for t in elements]),
+        tuple([(t.dtype, t.shape, t.stride()) for t in captures]),
+        tuple([(t.dtype, t.stride()) if t is not None else None for t in outputs]),
+        device,
+    )
+    found = _BOUND.get(cache_key)
+    if found is None:
+        executable, partial = _build(key, shape, elements, captures, outputs, reduced)
+        dtypes = tuple(info.dtype for info in program_of(key).outputs)
+        found = _BOUND[cache_key] = BoundMap(executable, partial, dtypes, device)
+    return found
 
 
 def run_kernel(
@@ -109,31 +172,12 @@ def run_kernel(
     shape: tuple[int, ...],
     elements: Sequence[Tensor],
     captures: Sequence[Tensor],
-    outputs: list[Tensor | None],
+    outputs: Sequence[Tensor | None],
     reduced: tuple[bool, ...],
 ) -> list[Tensor]:
-    """Launch; ``outputs[i]`` is None where the kernel writes partial sums (rows, channels)."""
-    cache_key = (
-        key,
-        shape,
-        reduced,
-        tuple((t.dtype, t.stride()) for t in elements),
-        tuple((t.dtype, t.shape, t.stride()) for t in captures),
-        tuple((t.dtype, t.stride()) if t is not None else None for t in outputs),
-        elements[0].device if elements else captures[0].device,
-    )
-    found = _EXECUTABLES.get(cache_key)
-    if found is None:
-        found = _EXECUTABLES[cache_key] = _build(key, shape, elements, captures, outputs, reduced)
-    executable, partial_shape = found
-    device = elements[0].device if elements else captures[0].device
-    program = program_of(key)
-    results = [
-        torch.empty(partial_shape, dtype=info.dtype, device=device) if out is None else out
-        for out, info in zip(outputs, program.outputs, strict=True)
-    ]
-    executable(*results, *elements, *captures)
-    return results
+    """Bind and launch: arguments of :func:`bind_kernel`, results of :class:`BoundMap`."""
+    bound = bind_kernel(key, shape, elements, captures, outputs, reduced)
+    return bound(outputs, *elements, *captures)
 
 
 def _build(
@@ -141,7 +185,7 @@ def _build(
     shape: tuple[int, ...],
     elements: Sequence[Tensor],
     captures: Sequence[Tensor],
-    outputs: list[Tensor | None],
+    outputs: Sequence[Tensor | None],
     reduced: tuple[bool, ...],
 ) -> tuple[Executable, tuple[int, ...]]:
     program = program_of(key)

@@ -26,6 +26,7 @@ from .epilogue import (
 )
 from .problem import output_size
 from .training_calls import Products, prepared_products
+from .training_epilogues import FusedProducts, prepared_fused_products
 
 Tensor = torch.Tensor
 
@@ -77,7 +78,7 @@ def convolve(
         x = x.unsqueeze(0)
     arguments.check_tensors(x, w, bias, rank)
     x, w, bias = arguments.autocast(x, w, bias)
-    given = x, w, bias
+    given = x, w
     arguments.check_operands(x, w, bias, rank, groups, output_padding is not None)
     strides = arguments.ints(stride, rank, "stride", 1)
     dilations = arguments.ints(dilation, rank, "dilation", 1)
@@ -95,11 +96,13 @@ def convolve(
         size, strides, pads, dilations = [1, *size], [1, *strides], [0, 0, *pads], [1, *dilations]
     geometry = (strides, pads, dilations, groups, precision)
     result = None if output_padding is None else size
-    if key is not None and epilogue is None and not unbatched:
+    if key is not None and not unbatched:
         # The first call too: what is saved for backward is alike in a checkpoint's second run.
-        products = _remember_products(key, rank, x, w, bias, result, geometry)
+        products = _remember_products(
+            key, rank, x, w, bias, epilogue, epilogue_args, result, geometry
+        )
         if products is not None:
-            return products(*given)
+            return products(*given, *([] if bias is None else [bias]), *epilogue_args)
     if epilogue is None and bias is None:
         y, function = _product(x, w, result, geometry), None
     else:
@@ -207,18 +210,32 @@ def _remember_products(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
+    epilogue: Callable[..., Any] | None,
+    epilogue_args: Sequence[Tensor],
     result: list[int] | None,
     geometry: tuple[Any, ...],
-) -> Products | None:
+) -> Products | FusedProducts | None:
     """Prepare a call with gradients; None where there are none, or operators are to compute it."""
-    needed = x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
-    if not (needed and torch.is_grad_enabled()):
+    read = ([] if bias is None else [bias]) + list(epilogue_args)
+    needs = [x.requires_grad or w.requires_grad, *[t.requires_grad for t in read]]
+    if not (any(needs) and torch.is_grad_enabled()):
         return None
-    added = None
-    if bias is not None:
-        function = epilogue_key(None, True, (), x.dtype, rank, rank == 1)
-        added = function, _operands(rank, bias, ())[0]
-    products = prepared_products(x, w, geometry, result, rank == 1, added)
+    function = None
+    if read or epilogue is not None:
+        dtypes = tuple([operand.dtype for operand in epilogue_args])
+        function = epilogue_key(epilogue, bias is not None, dtypes, x.dtype, rank, rank == 1)
+        if fused_ops.captures_of(function):
+            return None
+    operands = _operands(rank, bias, epilogue_args)
+    products: Products | FusedProducts | None
+    if epilogue is None:
+        added = None if function is None else (function, operands[0])
+        products = prepared_products(x, w, geometry, result, rank == 1, added)
+    else:
+        assert function is not None
+        products = prepared_fused_products(
+            x, w, operands, function, needs, geometry, result, rank == 1
+        )
     if products is not None:
         _store(key, PreparedCall(rank, result, geometry, None, products, products.epoch))
     return products
@@ -339,7 +356,7 @@ def _call_key(
             return None
         extra = (extra, *[(t.shape, t.stride(), t.dtype, t.device) for t in epilogue_args])
         gradients = gradients or any(t.requires_grad for t in epilogue_args)
-    key = (
+    key: tuple[Any, ...] = (
         rank,
         x.shape,
         x.stride(),
@@ -359,6 +376,10 @@ def _call_key(
         gradients and torch.is_grad_enabled(),
         extra,
     )
+    if epilogue is not None and key[-2]:
+        # Which operands want a gradient decides whether the accumulator is saved.
+        pattern = [t.requires_grad for t in (x, w, *epilogue_args)]
+        key = (*key, bias is not None and bias.requires_grad, *pattern)
     try:
         hash(key)
     except TypeError:  # strides and the like given as lists

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import types
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from ..codegen import Argument, Role, ScalarArityError, ScalarFunction, trace
 from ..codegen.registry import program_of, register_program
@@ -69,45 +71,72 @@ def _signature_coordinates(fn: Callable[..., Any], rank: int) -> tuple[str, ...]
     return tuple(name for name in COORDINATES[rank] if name in asked)
 
 
-_GLOBAL_NAMES: dict[types.CodeType, tuple[str, ...]] = {}
+_GLOBAL_NAMES: dict[types.CodeType, tuple[str, ...] | None] = {}
 
 
 def static_identity(fn: Callable[..., Any]) -> Any:
     """What identifies a function whose meaning cannot change between calls, else None.
 
-    A built-in function of a module is itself. A Python function without closure and defaults that
-    names no global but PyTorch's modules is its code with those modules, so that a lambda written
-    inside a ``forward`` is recognised although every call makes it anew. Whatever reads other state
-    goes through the trace cache, which looks at that state at every call.
+    A built-in function of a module and a function of ``torch.nn.functional`` are themselves. A
+    Python function without closure and defaults is its code with the globals that it names, so that
+    a lambda written inside a ``forward`` is recognised although every call makes it anew; these may
+    be PyTorch's modules, such functions, and numbers. Whatever reads other state goes through the
+    trace cache, which looks at that state at every call.
     """
-    if isinstance(fn, types.BuiltinFunctionType):
-        owner = fn.__self__
-        return fn if owner is None or isinstance(owner, (types.ModuleType, type)) else None
+    if _is_fixed(fn):
+        return fn
     if not isinstance(fn, types.FunctionType):
         return None
     if fn.__closure__ is not None or fn.__defaults__ is not None or fn.__kwdefaults__ is not None:
         return None
     code, scope = fn.__code__, fn.__globals__
-    names = _GLOBAL_NAMES.get(code)
+    if code in _GLOBAL_NAMES:
+        names = _GLOBAL_NAMES[code]
+    else:
+        names = _GLOBAL_NAMES[code] = _globals_of(code)
     if names is None:
-        names = _GLOBAL_NAMES[code] = _names_of(code)
+        return None
     identity: list[Any] = [code]
     for name in names:
         value = scope.get(name)
-        if value is None:  # an attribute or a built-in name
+        if value is None:  # a built-in name
             continue
-        if not isinstance(value, types.ModuleType) or value.__name__.split(".")[0] != "torch":
+        if type(value) in (bool, int, float):
+            identity.append(type(value))  # 1 and 1.0 are equal, and compute in different dtypes
+        elif isinstance(value, types.ModuleType):
+            if value.__name__.split(".")[0] != "torch":
+                return None
+        elif not _is_fixed(value):
             return None
         identity.append(value)
     return tuple(identity)
 
 
-def _names_of(code: types.CodeType) -> tuple[str, ...]:
-    names = list(code.co_names)
+def _is_fixed(value: Any) -> bool:
+    """Whether this is a function that nobody but its library defines."""
+    if isinstance(value, types.BuiltinFunctionType):
+        owner = value.__self__
+        return owner is None or isinstance(owner, (types.ModuleType, type))
+    if not isinstance(value, types.FunctionType) or value.__module__ != functional.__name__:
+        return False
+    return getattr(functional, value.__name__, None) is value
+
+
+def _globals_of(code: types.CodeType) -> tuple[str, ...] | None:
+    """Global names that code and the functions inside of it read; None where it imports others."""
+    names: list[str] = []
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            names.append(step.argval)
+        elif step.opname == "IMPORT_NAME":
+            return None
     for part in code.co_consts:
         if isinstance(part, types.CodeType):
-            names += _names_of(part)
-    return tuple(names)
+            inner = _globals_of(part)
+            if inner is None:
+                return None
+            names += inner
+    return tuple(dict.fromkeys(names))
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -28,7 +28,7 @@ from . import ops
 from .dispatch import runner
 from .epilogue import COORDINATES, apply_with_torch
 from .fused_dispatch import FUSED_OPERATORS, fused_problem, fused_runner
-from .fused_ops import _as_elements, _wanted
+from .fused_ops import _wanted, as_elements
 from .fused_problem import FusedProblem
 from .ops import (
     CONV,
@@ -295,7 +295,7 @@ class _Fused(library.OpFunction):
         rest: list[Tensor | None] = [None] * (len(operands) + len(captures))
         if ctx.function and grad is not None:
             through, *rest = pull_back(
-                _as_elements(program_of(ctx.function)),
+                as_elements(program_of(ctx.function)),
                 ctx.shape,
                 [acc if acc is not None else grad, *operands],
                 captures,

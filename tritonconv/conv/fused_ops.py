@@ -174,7 +174,7 @@ def prepared_forward(
 
 
 @functools.cache
-def _as_elements(program: Program) -> Program:
+def as_elements(program: Program) -> Program:
     """The epilogue read from memory: its accumulator is an operand like the others."""
     return ScalarFunction(program, ()).with_roles(acc=Role.ELEMENT).program
 
@@ -191,6 +191,18 @@ def _wanted(program: Program, needs: Sequence[bool]) -> tuple[str, ...]:
         if needs[len(operands) + load.capture] and load.dtype.is_floating_point:
             wrt.append(f"load:{k}")
     return tuple(wrt)
+
+
+def reads_accumulator(function: str, needs: Sequence[bool]) -> bool:
+    """Whether the gradients wanted of an epilogue read its accumulator.
+
+    Args:
+        function: key of the epilogue.
+        needs: for the accumulator, the operands and the captures, whether a gradient is wanted.
+    """
+    program = program_of(function)
+    wrt = _wanted(program, needs)
+    return bool(wrt) and "acc" in program.vjp(wrt).live
 
 
 class _Epilogue(library.OpFunction):
@@ -238,7 +250,7 @@ class _Epilogue(library.OpFunction):
             # Where the derivative does not read the accumulator any tensor stands in for it.
             stand_in = acc if acc is not None else grad
             results = pull_back(
-                _as_elements(program_of(ctx.function)),
+                as_elements(program_of(ctx.function)),
                 ctx.shape,
                 [stand_in, *tensors[: ctx.count]],
                 tensors[ctx.count :],
@@ -274,14 +286,12 @@ def _differentiable(
     result: list[int] | None,
 ) -> Tensor:
     """Save the accumulator only where the derivative that may be asked for reads it."""
-    program = program_of(function)
     needs = [x.requires_grad or w.requires_grad]
     needs += [t.requires_grad for t in (*operands, *captures)]
     if torch._C._are_functorch_transforms_active():
         # What an outer transform differentiates by does not show at this level.
         needs = [True] * len(needs)
-    wrt = _wanted(program, needs)
-    save_acc = bool(wrt) and "acc" in program.vjp(wrt).live
+    save_acc = reads_accumulator(function, needs)
     found = _Epilogue.run(
         function, geometry, result, save_acc, len(operands), x, w, *operands, *captures
     )

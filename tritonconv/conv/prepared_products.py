@@ -7,6 +7,7 @@ the same calls as ``algorithms/aten.py`` makes, without its work per call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -21,8 +22,11 @@ from .problem import FLOAT8, ConvProblem, Direction
 from .pytorch import CHANNELS_LAST
 
 Tensor = torch.Tensor
-Product = Callable[..., Tensor]
-"""A product of two tensors; the operands of its epilogue follow them."""
+Product = Callable[..., Any]
+"""A product of two tensors; the operands of its epilogue follow them.
+
+Where the epilogue saves the accumulator the result is a pair, the accumulator with all axes.
+"""
 Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _convolution = torch.ops.aten.convolution.default
@@ -38,8 +42,7 @@ def prepared_product(
     strides are not looked at, as the problem says where their elements are.
 
     Args:
-        found: the problem of these tensors with its final choice; its epilogue captures nothing
-            and does not save the accumulator.
+        found: the problem of these tensors with its final choice; its epilogue captures nothing.
         first, second: the product's operands, with all axes of the problem.
         padding: flat (low, high) of the convolution as the operators take it.
         squeezed: the product's operands and result lack the first spatial axis, of size one.
@@ -50,6 +53,16 @@ def prepared_product(
         if squeezed:
             shape, strides = (*shape[:2], *shape[3:]), (*strides[:2], *strides[3:])
         dtype, device = problem.result_dtype, first.device
+        if problem.epilogue is not None and problem.epilogue.save_acc:
+            whole = problem.result_shape, problem.result_strides
+
+            def launch_both(a: Tensor, b: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
+                out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+                acc = torch.empty_strided(*whole, dtype=dtype, device=device)
+                executable(a, b, out, acc, *operands)
+                return out, acc
+
+            return launch_both
 
         def launch(a: Tensor, b: Tensor, *operands: Tensor) -> Tensor:
             out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
@@ -87,7 +100,7 @@ def _with_epilogue(product: Product, problem: ConvProblem, squeezed: bool) -> Pr
     shape, strides, dtype = problem.result_shape, problem.result_strides, problem.result_dtype
     without = (*shape[:2], *shape[3:]), (*strides[:2], *strides[3:])
 
-    def fused(a: Tensor, b: Tensor, *operands: Tensor) -> Tensor:
+    def fused(a: Tensor, b: Tensor, *operands: Tensor) -> Any:
         if squeezed:
             a, b = a.unsqueeze(2), b.unsqueeze(2)
             out = torch.empty_strided(*without, dtype=dtype, device=a.device)
@@ -95,8 +108,9 @@ def _with_epilogue(product: Product, problem: ConvProblem, squeezed: bool) -> Pr
         else:
             out = target = torch.empty_strided(shape, strides, dtype=dtype, device=a.device)
         elements = map(_spread, operands, spec.element_strides)
-        apply_into(function, target, [product(a, b), *elements], ())
-        return out
+        acc = product(a, b)
+        apply_into(function, target, [acc, *elements], ())
+        return (out, acc) if spec.save_acc else out
 
     def _spread(operand: Tensor, strides: tuple[int, ...]) -> Tensor:
         return operand.as_strided(shape, strides)

@@ -21,17 +21,20 @@ from . import ops
 from .dispatch import runner
 from .fused_ops import problem_of
 from .prepared_products import Product, prepared_gradients, prepared_product
+from .problem import ConvProblem
 
 Tensor = torch.Tensor
 _Gradients = Callable[[Tensor, Any, Any], tuple[Tensor | None, Tensor | None]]
 _MAX_KINDS = 64
 
 
-def _kind(t: Tensor) -> tuple[Any, ...]:
+def kind_of(t: Tensor) -> tuple[Any, ...]:
+    """What a prepared call depends on."""
     return t.shape, t.stride(), t.dtype, t.device
 
 
-def _is_plain(t: Tensor | None) -> bool:
+def is_plain(t: Tensor | None) -> bool:
+    """Whether a saved tensor is there as it was, or is not needed."""
     return t is None or (type(t) in library.PLAIN_TYPES and not t.is_neg())
 
 
@@ -97,16 +100,16 @@ class Products:
             not torch.is_grad_enabled()
             and library.plain(grad)
             and self.epoch == tables.epoch()
-            and _is_plain(x)
-            and _is_plain(w)
+            and is_plain(x)
+            and is_plain(w)
         ):
             key = (
                 grad.shape,
                 grad.stride(),
                 grad.dtype,
                 grad.device,
-                None if x is None else _kind(x),
-                None if w is None else _kind(w),
+                None if x is None else kind_of(x),
+                None if w is None else kind_of(w),
                 need_x,
                 need_w,
             )
@@ -223,18 +226,12 @@ def prepared_products(
         squeezed: the calls' tensors lack the first spatial axis, which is of size one.
         bias: key of the epilogue that adds it, and it with all axes of the result.
     """
-    if not uses_triton(x.device) or not ops.has_kernels(x) or 0 in x.shape or 0 in w.shape:
-        return None
     epoch = tables.epoch()
-    ops.refresh()
     function, operands = (None, []) if bias is None else (bias[0], [bias[1]])
-    problem = problem_of(x, w, operands, [], function, False, geometry, result)
-    if 0 in problem.result_shape:
+    found = bound_forward(x, w, operands, function, False, geometry, result, squeezed)
+    if found is None:
         return None
-    found = runner(problem, x.device)
-    if not found.asked.final:
-        return None
-    forward = prepared_product(found, x, w, geometry[1], squeezed)
+    forward, problem = found
     sizes = list(x.shape[2:]), list(w.shape[2:])
     shape = list(problem.result_shape)
     if squeezed:
@@ -242,6 +239,37 @@ def prepared_products(
     # Axes of one element are left out, as the operators do: an order of sums may depend on it.
     summed = tuple(axis for axis, size in enumerate(shape) if size > 1 and axis != 1)
     return Products(forward, squeezed, result, geometry, *sizes, summed or (0,), epoch)
+
+
+def bound_forward(
+    x: Tensor,
+    w: Tensor,
+    operands: list[Tensor],
+    function: str | None,
+    save_acc: bool,
+    geometry: tuple[Any, ...],
+    result: list[int] | None,
+    squeezed: bool,
+) -> tuple[Product, ConvProblem] | None:
+    """The product of tensors like these and its problem; None where the operators compute it.
+
+    Args:
+        x, w: operands with all axes of the problem.
+        operands: of the epilogue, with all axes of the result.
+        function: key of the epilogue, which captures nothing; None for the bare product.
+        save_acc: the product gives the accumulator as well.
+        geometry, result, squeezed: as for :func:`prepared_products`.
+    """
+    if not uses_triton(x.device) or not ops.has_kernels(x) or 0 in x.shape or 0 in w.shape:
+        return None
+    ops.refresh()
+    problem = problem_of(x, w, operands, [], function, save_acc, geometry, result)
+    if 0 in problem.result_shape:
+        return None
+    found = runner(problem, x.device)
+    if not found.asked.final:
+        return None
+    return prepared_product(found, x, w, geometry[1], squeezed), problem
 
 
 class _Product(library.OpFunction):
