@@ -47,9 +47,16 @@ def _across(vector):
 
 
 @triton.jit
-def _row_sum(tile):
-    """Sum of every row: (rows,)."""
-    return tl.sum(tl.sum(tile, axis=0), axis=1)
+def _row_sum(tile, SHARED: tl.constexpr):
+    """Sum of every row: (rows,).
+
+    Chunks of a row are first added in the registers of the one warp that has them. Where warps
+    share a row, chunks are summed up first: what then goes from warp to warp is a number for each.
+    """
+    if SHARED:
+        return tl.sum(tl.sum(tile, axis=2), axis=0)
+    else:
+        return tl.sum(tl.sum(tile, axis=0), axis=1)
 
 
 @triton.jit
@@ -86,6 +93,7 @@ def layer_norm_kernel(
     CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     LANES: tl.constexpr,
+    SHARED: tl.constexpr,
     UNIT: tl.constexpr,
 ):
     """y = weight · (x − mean) · rstd + bias, where rstd = 1 / √(var + eps); mean and rstd too."""
@@ -97,11 +105,11 @@ def layer_norm_kernel(
     column, inside = _columns(columns, CHUNKS, LANES)
     offsets, mask = _place(program * BLOCK_R, rows, columns, CHUNKS, BLOCK_R, LANES)
     x = tl.reshape(_load(x_ptr, offsets, mask, MASKED), (CHUNKS, BLOCK_R, LANES))
-    mean = _row_sum(x) * share
+    mean = _row_sum(x, SHARED) * share
     x -= _along(mean)
     if MASKED:
         x = tl.where(_across(inside), x, 0.0)
-    rstd = tl.rsqrt(_row_sum(x * x) * share + eps)
+    rstd = tl.rsqrt(_row_sum(x * x, SHARED) * share + eps)
     y = x * _along(rstd) * _across(_parameter(weight_ptr, column, inside, WEIGHT, 1.0))
     y += _across(_parameter(bias_ptr, column, inside, BIAS, 0.0))
     _store(y_ptr, offsets, y, mask, MASKED)
@@ -132,6 +140,7 @@ def layer_norm_gradients_kernel(
     CHUNKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     LANES: tl.constexpr,
+    SHARED: tl.constexpr,
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
 ):
@@ -166,8 +175,8 @@ def layer_norm_gradients_kernel(
             products += g * normal
         if GRAD_X:
             g *= weight
-            constant = _row_sum(g) * share
-            slope = _row_sum(g * normal) * share
+            constant = _row_sum(g, SHARED) * share
+            slope = _row_sum(g * normal, SHARED) * share
             out = (g - _along(constant) - normal * _along(slope)) * _along(rstd)
             _store(grad_x_ptr, offsets, out, mask, MASKED)
     if GRAD_WEIGHT:

@@ -30,6 +30,7 @@ def _constexprs(problem: LayerNormProblem, tile: Tile) -> dict[str, Any]:
         "CHUNKS": tile.chunks,
         "BLOCK_R": tile.block_r,
         "LANES": tile.lanes,
+        "SHARED": tile.num_warps > tile.block_r,
         "UNIT": problem.unit,
     }
 
