@@ -167,7 +167,8 @@ def test_gradients_of_some_operands(case: str, epilogue: str, device: torch.devi
 def test_an_accumulator_is_saved_where_it_is_read(epilogue: str, device: torch.device) -> None:
     ours, _, tensors = made("3x3", epilogue, device)
     for _ in range(2):
-        acc = ours(*tensors).grad_fn.saved_tensors[2]
+        y = ours(*tensors)
+        acc = y.grad_fn.saved_tensors[2]
         assert (acc is not None) == (epilogue == "relu")
 
 
