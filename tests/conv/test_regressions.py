@@ -83,6 +83,36 @@ def test_a_rebound_global_number(device: torch.device) -> None:
             torch.testing.assert_close(tc.conv2d(x, w, epilogue=epilogue), y * slope)
 
 
+@BOTH
+@pytest.mark.usefixtures("server")
+def test_zeros_of_two_signs(device: torch.device) -> None:
+    x, w, _ = operands(device)
+    scope: dict[str, Any] = {"torch": torch}
+    for zero in (-0.0, 0.0, -0.0):
+        scope["zero"] = zero
+        for _ in range(2):
+            epilogue = evaluated("lambda y: torch.where(y > 1e9, y, zero)", scope)
+            result = tc.conv2d(x, w, epilogue=epilogue)
+            assert bool(result.signbit().all()) == (str(zero) == "-0.0")
+
+
+@BOTH
+@pytest.mark.usefixtures("server")
+def test_a_changed_activation_module(device: torch.device) -> None:
+    x, w, y = operands(device)
+    act = torch.nn.LeakyReLU(0.5)
+    for slope in (0.5, 0.1, 0.5):
+        act.negative_slope = slope
+        for _ in range(2):
+            expected = functional.leaky_relu(y, slope)
+            torch.testing.assert_close(tc.conv2d(x, w, epilogue=act), expected)
+    act.forward = torch.tanh  # type: ignore[method-assign]
+    torch.testing.assert_close(tc.conv2d(x, w, epilogue=act), torch.tanh(y))
+    assert static_identity(torch.nn.PReLU()) is None
+    assert static_identity(torch.nn.SiLU()) == static_identity(torch.nn.SiLU()) is not None
+    assert static_identity(torch.nn.GELU()) != static_identity(torch.nn.GELU("tanh"))
+
+
 def test_functions_that_cannot_change_need_no_look_at_their_state() -> None:
     scope = {"torch": torch, "F": functional, "act": torch.relu, "relu": [], "slope": 0.1}
     for text in (

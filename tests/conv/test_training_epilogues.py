@@ -173,6 +173,31 @@ def test_an_accumulator_is_saved_where_it_is_read(epilogue: str, device: torch.d
 
 
 @BOTH_CHOICES
+@pytest.mark.parametrize("prepared", [True, False])
+def test_operands_that_no_gradient_reads_are_not_kept(prepared: bool, device: torch.device) -> None:
+    ours, pytorchs, tensors = made("row", "sum", device)
+    residual = tensors[-1]
+    expected = torch.autograd.grad(pytorchs(*tensors).square().sum(), tensors)
+    for _ in range(2):
+        y = ours(*tensors) if prepared else by_operators(ours, *tensors)
+        assert is_prepared(y) == prepared
+        node = y.grad_fn if prepared else y.grad_fn.next_functions[0][0]  # behind the lost axis
+        assert len(node.saved_tensors) == 5 and node.saved_tensors[4] is None
+        with torch.no_grad():
+            residual.mul_(1)  # a change, to autograd
+        assert_same(torch.autograd.grad(y.square().sum(), tensors), expected)
+    y = ours(*tensors) if prepared else by_operators(ours, *tensors)
+    first = torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+    again = torch.autograd.grad(pytorchs(*tensors).square().sum(), tensors, create_graph=True)
+    second = [
+        torch.autograd.grad(sum(t.square().sum() for t in some), tensors)  # type: ignore[arg-type]
+        for some in (first, again)
+    ]
+    for got, want in zip(*second, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+@BOTH_CHOICES
 def test_gradients_of_other_layouts(device: torch.device) -> None:
     ours, _, tensors = made("1x1", "norm and residual", device)
     y = by_operators(ours, *tensors)

@@ -163,6 +163,19 @@ def test_what_is_kept() -> None:
     assert {name: type(layer) for name, layer in model.items()} == kinds
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_else_is_in_the_model_is_folded(at_once: bool) -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), tc.nn.LayerNorm2d(4)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 8), nn.LayerNorm(8)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    if not at_once:
+        convert(model, layer_norm=True)
+    report = str(convert(model, fold=True, layer_norm=at_once))
+    assert "+ 1 + 2" in report and "not traced" not in report
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_hooks_and_modes_stay() -> None:
     model = nn.Sequential(nn.LayerNorm(4)).eval()
     model[0].register_forward_hook(lambda m, args, out: out + 1)

@@ -96,6 +96,25 @@ def test_modes_with_graphs_of_their_own_are_refused(place: str) -> None:
         ours.compile(mode="reduce-overhead")
     with pytest.raises(ArgumentValueError, match="options: expected without CUDA graphs"):
         ours.compile(options={"triton.cudagraphs": True})
+    with pytest.raises(ArgumentValueError, match="backend: expected one without CUDA graphs"):
+        ours.compile(backend="cudagraphs")
+    with (
+        torch._inductor.config.patch({"triton.cudagraphs": True}),
+        pytest.raises(ArgumentValueError, match="options: expected without CUDA graphs"),
+    ):
+        ours.compile()
+
+
+@pytest.mark.parametrize("options", [{"cuda_graph": True}, {"layer_norm": True}])
+def test_converting_again_keeps_a_module_compiled(place: str, options: dict[str, bool]) -> None:
+    eager, ours = pair(place, nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh()))
+    compiler = Compiler()
+    ours.compile(backend=compiler)
+    ours(images(place)).sum().backward()
+    before = compiler.graphs
+    convert(ours, **options)
+    same(ours(images(place, seed=1)), eager(images(place, seed=1)))
+    assert compiler.graphs > before and counts(ours)[0] == 1
 
 
 def test_a_module_that_was_compiled_before_says_so() -> None:

@@ -156,6 +156,8 @@ class Fingerprint:
         plain = unwrap(x)
         if isinstance(plain, types.FunctionType):
             self._names.update(global_names(plain.__code__))
+        if isinstance(x, torch.nn.Module):
+            self._names.add("forward")  # an instance may have its own
         self._look()
         spaces = [getattr(x, "__dict__", {})]
         if isinstance(x, torch.nn.Module):

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
+from torch.nn.modules import module as hooks
 
 from ..codegen import Argument, Role, ScalarArityError, ScalarFunction, trace
 from ..codegen.registry import program_of, register_program
@@ -72,19 +74,23 @@ def _signature_coordinates(fn: Callable[..., Any], rank: int) -> tuple[str, ...]
 
 
 _GLOBAL_NAMES: dict[types.CodeType, tuple[str, ...] | None] = {}
+_SETTINGS = (bool, int, float, str, type(None))
 
 
 def static_identity(fn: Callable[..., Any]) -> Any:
     """What identifies a function whose meaning cannot change between calls, else None.
 
-    A built-in function of a module and a function of ``torch.nn.functional`` are themselves. A
-    Python function without closure and defaults is its code with the globals that it names, so that
-    a lambda written inside a ``forward`` is recognised although every call makes it anew; these may
-    be PyTorch's modules, such functions, and numbers. Whatever reads other state goes through the
-    trace cache, which looks at that state at every call.
+    A built-in function of a module and a function of ``torch.nn.functional`` are themselves; one of
+    PyTorch's activation modules is its class and settings. A Python function without closure and
+    defaults is its code with the globals that it names, so that a lambda written inside a
+    ``forward`` is recognised although every call makes it anew; these may be PyTorch's modules,
+    such functions, and numbers. Whatever reads other state goes through the trace cache, which
+    looks at that state at every call.
     """
     if _is_fixed(fn):
         return fn
+    if isinstance(fn, nn.Module):
+        return _activation_identity(fn)
     if not isinstance(fn, types.FunctionType):
         return None
     if fn.__closure__ is not None or fn.__defaults__ is not None or fn.__kwdefaults__ is not None:
@@ -102,11 +108,14 @@ def static_identity(fn: Callable[..., Any]) -> Any:
         if value is None:  # a built-in name
             continue
         if type(value) in (bool, int, float):
-            identity.append(type(value))  # 1 and 1.0 are equal, and compute in different dtypes
-        elif isinstance(value, types.ModuleType):
-            if value.__name__.split(".")[0] != "torch":
-                return None
-        elif not _is_fixed(value):
+            # 1 and 1.0 are equal, and compute in different dtypes; so are 0.0 and -0.0.
+            identity += (type(value), str(value))
+            continue
+        if isinstance(value, types.ModuleType):
+            fixed = value.__name__.split(".")[0] == "torch"
+        else:
+            fixed = _is_fixed(value)
+        if not fixed:
             return None
         identity.append(value)
     return tuple(identity)
@@ -120,6 +129,21 @@ def _is_fixed(value: Any) -> bool:
     if not isinstance(value, types.FunctionType) or value.__module__ != functional.__name__:
         return False
     return getattr(functional, value.__name__, None) is value
+
+
+def _activation_identity(module: nn.Module) -> Any:
+    """Class and settings of an activation of PyTorch's; None where it has more to it."""
+    cls = type(module)
+    if cls.__module__ != nn.modules.activation.__name__:
+        return None
+    if module._parameters or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return None
+    settings = [(k, type(v), str(v)) for k, v in module.__dict__.items() if not k.startswith("_")]
+    if any(kind not in _SETTINGS for _, kind, _ in settings):  # a forward of its own, for one
+        return None
+    return (cls, *settings)
 
 
 def _globals_of(code: types.CodeType) -> tuple[str, ...] | None:

@@ -193,8 +193,10 @@ def _wanted(program: Program, needs: Sequence[bool]) -> tuple[str, ...]:
     return tuple(wrt)
 
 
-def reads_accumulator(function: str, needs: Sequence[bool]) -> bool:
-    """Whether the gradients wanted of an epilogue read its accumulator.
+def read_by_gradients(function: str, needs: Sequence[bool]) -> tuple[bool, ...]:
+    """For the accumulator and every operand, whether the gradients wanted of an epilogue read it.
+
+    What they do not read need not be kept, and may change before they are asked for.
 
     Args:
         function: key of the epilogue.
@@ -202,7 +204,13 @@ def reads_accumulator(function: str, needs: Sequence[bool]) -> bool:
     """
     program = program_of(function)
     wrt = _wanted(program, needs)
-    return bool(wrt) and "acc" in program.vjp(wrt).live
+    live = program.vjp(wrt).live if wrt else ()
+    return tuple([a.name in live for a in program.arguments if a.role is not Role.COORD])
+
+
+def stand_in(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """For an operand of which nothing is read but the shape and the dtype."""
+    return like.new_empty((1,) * len(shape), dtype=dtype).expand(shape)
 
 
 class _Epilogue(library.OpFunction):
@@ -238,7 +246,11 @@ class _Epilogue(library.OpFunction):
         ctx.dtype = y.dtype
         ctx.in_size, ctx.kernel = list(x.shape[2:]), list(w.shape[2:])
         need_x, need_w = ctx.needs_input_grad[5:7]
-        ctx.save_for_backward(x if need_w else None, w if need_x else None, acc, *tensors)
+        needs = [need_x or need_w, *ctx.needs_input_grad[7:]]
+        read = [*read_by_gradients(ctx.function, needs)[1:], *[True] * (len(tensors) - ctx.count)]
+        ctx.forms = [(t.shape, t.dtype) for t in tensors]
+        kept = [t if keep else None for t, keep in zip(tensors, read, strict=True)]
+        ctx.save_for_backward(x if need_w else None, w if need_x else None, acc, *kept)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -247,12 +259,14 @@ class _Epilogue(library.OpFunction):
         need_x, need_w, *need_tensors = ctx.needs_input_grad[5:]
         results: tuple[Tensor | None, ...] = (None,) * (1 + len(tensors))
         if grad is not None:
+            pairs = zip(tensors, ctx.forms, strict=True)
+            tensors = [stand_in(grad, *form) if t is None else t for t, form in pairs]
             # Where the derivative does not read the accumulator any tensor stands in for it.
-            stand_in = acc if acc is not None else grad
+            first = acc if acc is not None else grad
             results = pull_back(
                 as_elements(program_of(ctx.function)),
                 ctx.shape,
-                [stand_in, *tensors[: ctx.count]],
+                [first, *tensors[: ctx.count]],
                 tensors[ctx.count :],
                 [grad],
                 [need_x or need_w, *need_tensors],
@@ -291,7 +305,7 @@ def _differentiable(
     if torch._C._are_functorch_transforms_active():
         # What an outer transform differentiates by does not show at this level.
         needs = [True] * len(needs)
-    save_acc = reads_accumulator(function, needs)
+    save_acc = read_by_gradients(function, needs)[0]
     found = _Epilogue.run(
         function, geometry, result, save_acc, len(operands), x, w, *operands, *captures
     )

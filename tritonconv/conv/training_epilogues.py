@@ -16,7 +16,7 @@ from ..codegen.prepared_pull_back import PullBack, prepared_pull_back
 from ..codegen.registry import program_of
 from ..runtime import library, tables
 from . import ops
-from .fused_ops import as_elements, reads_accumulator
+from .fused_ops import as_elements, read_by_gradients, stand_in
 from .training_calls import Products, bound_forward, is_plain, kind_of
 
 Tensor = torch.Tensor
@@ -30,6 +30,7 @@ class FusedProducts:
         forward: computes (y, accumulator), or y alone where no gradient reads the accumulator.
         products: the gradients of the bare product.
         save_acc: whether ``forward`` gives the accumulator.
+        kept: for every operand of the epilogue, whether a gradient reads it.
         squeezed: tensors lack the first spatial axis of the problem, which is of size one.
         epoch: the state of tables and settings that this holds for.
     """
@@ -38,7 +39,7 @@ class FusedProducts:
         self,
         products: Products,
         function: str,
-        save_acc: bool,
+        read: Sequence[bool],
         squeezed: bool,
         shapes: Sequence[torch.Size],
         channels_last: bool,
@@ -48,14 +49,15 @@ class FusedProducts:
         Args:
             products: with the fused forward product.
             function: key of the epilogue.
-            save_acc: the forward product gives the accumulator too.
+            read: for the accumulator and every operand, whether a gradient reads it; the forward
+                product gives the accumulator where one does.
             squeezed: tensors lack that axis.
             shapes: of the epilogue's operands with all axes of the result.
             channels_last: memory format of the result.
         """
         self.products = products
         self.forward = products.forward
-        self.save_acc = save_acc
+        self.save_acc, *self.kept = read
         self.epoch = products.epoch
         self._program = as_elements(program_of(function))
         self.squeezed = squeezed
@@ -149,8 +151,8 @@ def prepared_fused_products(
         squeezed: the calls' tensors lack the first spatial axis, which is of size one.
     """
     epoch = tables.epoch()
-    save_acc = reads_accumulator(function, needs)
-    found = bound_forward(x, w, operands, function, save_acc, geometry, result, squeezed)
+    read = read_by_gradients(function, needs)
+    found = bound_forward(x, w, operands, function, read[0], geometry, result, squeezed)
     if found is None:
         return None
     forward, problem = found
@@ -159,7 +161,7 @@ def prepared_fused_products(
     y = torch.empty_strided(problem.result_shape, problem.result_strides, device="meta")
     shapes = [t.shape for t in operands]
     last = ops.is_channels_last(y)
-    return FusedProducts(products, function, save_acc, squeezed, shapes, last)
+    return FusedProducts(products, function, read, squeezed, shapes, last)
 
 
 class _FusedProduct(library.OpFunction):
@@ -175,8 +177,10 @@ class _FusedProduct(library.OpFunction):
         need_x, need_w = ctx.needs_input_grad[1:3]
         found = fused.forward(x, w, *operands)
         acc = found[1] if fused.save_acc else None
-        # What the other operand's gradient does not need is not kept alive.
-        ctx.save_for_backward(x if need_w else None, w if need_x else None, acc, *operands)
+        # What no gradient reads is not kept alive.
+        kept = [t if keep else None for t, keep in zip(operands, fused.kept, strict=True)]
+        ctx.forms = [(t.shape, t.dtype) for t in operands]
+        ctx.save_for_backward(x if need_w else None, w if need_x else None, acc, *kept)
         ctx.set_materialize_grads(False)
         return found
 
@@ -188,6 +192,8 @@ class _FusedProduct(library.OpFunction):
         through: Tensor | None = None
         rest: list[Tensor | None] = [None] * len(operands)
         if grad is not None:
+            pairs = zip(operands, ctx.forms, strict=True)
+            operands = [stand_in(grad, *form) if t is None else t for t, form in pairs]
             needed = (need_x or need_w, *need_operands)
             through, *rest = fused.pull_back(grad, acc, operands, needed)
         if grad_acc is not None:

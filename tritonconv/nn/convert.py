@@ -226,7 +226,7 @@ def convert(
     if fold and cuda_graph:
         raise bad_value("cuda_graph", "False with fold=True, which is for eval mode", "True")
     # Captures hold the kernels of before; what has them gets its own class back meanwhile.
-    graphed = [module for module in model.modules() if ungraph(module)]
+    graphed = [again for module in model.modules() if (again := ungraph(module))]
     if fold:
         for module in model.modules():  # what an earlier call made of them cannot be folded
             if isinstance(module, Activated):
@@ -265,8 +265,8 @@ def convert(
         rows |= _convert_norms(model, paths)
     if layer_norm:
         rows |= _convert_layer_norms(paths)
-    for module in graphed:
-        graph(module)
+    for again in graphed:
+        again()
     reason = graph(model) if cuda_graph else ""
     ordered = [rows[module] for module in model.modules() if module in rows]
     return ConversionReport(

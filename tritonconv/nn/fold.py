@@ -218,7 +218,7 @@ class Chain:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, (_ConvNd, _BatchNorm))
+        leaf = isinstance(m, (_ConvNd, _BatchNorm, nn.LayerNorm))  # ours look at their tensors
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -115,6 +115,7 @@ class Captures:
 
     def __init__(self) -> None:
         self.compiled: Callable[..., Any] | None = None
+        self.options: Mapping[str, Any] | None = None
         self.drop()
 
     def drop(self) -> None:
@@ -137,6 +138,7 @@ class Captures:
         """Have graphs captured of the compiled forward, and eager calls made of it."""
         self.drop()
         self.compiled = torch.compile(forward, **options)
+        self.options = options
 
     def report(self) -> CudaGraphReport:
         """What became of the calls."""
@@ -250,12 +252,17 @@ class Graphed(nn.Module):
             options: of ``torch.compile``, but no graphs of its own (``mode="reduce-overhead"``).
 
         Raises:
-            ArgumentValueError: a mode of graphs.
+            ArgumentValueError: a mode, a backend or an option of graphs.
         """
+        from torch._inductor import config as inductor  # slow to import, and needed only here
+
         expected = "without CUDA graphs, which the module has already"
         if options.get("mode") in _MODES_WITH_GRAPHS:
             raise bad_value("mode", f"one {expected}", repr(options["mode"]))
-        if (options.get("options") or {}).get("triton.cudagraphs"):
+        if options.get("backend") == "cudagraphs":
+            raise bad_value("backend", f"one {expected}", "'cudagraphs'")
+        own = (options.get("options") or {}).get("triton.cudagraphs")
+        if own or (own is None and inductor.triton.cudagraphs):
             raise bad_value("options", expected, "triton.cudagraphs")
         self.__dict__[CAPTURES].compile(self.__dict__[FORMER].forward, options)
 
@@ -325,14 +332,21 @@ def graph(model: nn.Module) -> str:
     return ""
 
 
-def ungraph(model: nn.Module) -> bool:
-    """Undo :func:`graph`; whether there was something to undo."""
+def ungraph(model: nn.Module) -> Callable[[], None] | None:
+    """Undo :func:`graph`; what does it again, compiled as it was, or None if it had not been."""
     former = model.__dict__.get(FORMER)
     if former is None or type(model) is not graphed_class(former):
-        return False
+        return None
+    options = model.__dict__[CAPTURES].options
     model.__class__ = former
     del model.__dict__[FORMER], model.__dict__[CAPTURES]
-    return True
+
+    def again() -> None:
+        if not graph(model) and options is not None:
+            assert isinstance(model, Graphed)
+            model.compile(**options)
+
+    return again
 
 
 def cuda_graph_report(model: nn.Module) -> CudaGraphReport:
