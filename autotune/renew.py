@@ -19,12 +19,14 @@ import torch
 import triton.language as tl
 
 from tritonconv.runtime.entries import Entry, Trial
+from tritonconv.runtime.environment import Environment, environment
 from tritonconv.runtime.errors import TritonConvError
 from tritonconv.runtime.freshness import is_stale
 from tritonconv.runtime.operators import Operator, Problem, get_operator, operator_names
 from tritonconv.runtime.plan import KernelCall, LaunchPlan
 
 from .kernel_source import source_hash
+from .space import space
 
 _kernel_hash = functools.cache(source_hash)
 
@@ -100,11 +102,14 @@ class Renewal:
         entry: as it is worth storing now.
         algorithms: those whose hashes were renewed.
         noted: how many trials got the digest of their plan now.
+        other_space: something was renewed, and the space is another than the one that was searched:
+            there may be configs that nobody has timed.
     """
 
     entry: Entry
     algorithms: tuple[str, ...] = ()
     noted: int = 0
+    other_space: bool = False
 
     @property
     def changed(self) -> bool:
@@ -120,9 +125,10 @@ class Renewal:
 def renew(entry: Entry) -> Renewal:
     """Look at an entry's trials again, without running any.
 
-    Trials of algorithms that are as they were get the digest of their plan, where they lack it.
-    An algorithm that has changed is renewed if every timed trial of it in the entry has a digest
-    and is planned to the same today.
+    Trials of algorithms that are as they were get the digest of their plan, where they lack it, and
+    where today's plan is what was timed: generated functions differ between releases. An algorithm
+    that has changed is renewed if every timed trial of it in the entry has a digest and is planned
+    to the same today; its trials that failed are forgotten, so that tuning tries them again.
     """
     if entry.operator not in operator_names():
         return Renewal(entry)
@@ -133,11 +139,13 @@ def renew(entry: Entry) -> Renewal:
         return Renewal(entry)
     today = operator.source_hashes()
     old = entry.sources
+    as_generated = not _is_fused(entry) or _of_these_versions(entry)
     noted = {
         index: trial_plan(operator, problem, trial)
         for index, trial in enumerate(entry.trials)
         if trial.timing
         and not trial.plan
+        and as_generated
         and old.get(trial.algorithm) == today.get(trial.algorithm)
     }
     noted = {index: plan for index, plan in noted.items() if plan}
@@ -153,14 +161,41 @@ def renew(entry: Entry) -> Renewal:
     def moved(trial: Trial) -> Trial:
         return trials[entry.trials.index(trial)] if trial in entry.trials else trial
 
+    default, best = moved(entry.default), moved(entry.best)
+    kept = tuple(
+        trial
+        for trial in trials
+        if trial.timing or trial.algorithm not in renewed or trial in (default, best)
+    )
+    recorded = dict(entry.recorded)
+    if len(kept) < len(trials):
+        recorded.pop("completed", None)
     made = replace(
         entry,
         sources={**old, **{name: today[name] for name in renewed}},
-        trials=trials,
-        default=moved(entry.default),
-        best=moved(entry.best),
+        trials=kept,
+        default=default,
+        best=best,
+        recorded=recorded,
     )
-    return Renewal(made, renewed, len(noted))
+    return Renewal(made, renewed, len(noted), bool(renewed) and _grown(operator, problem, entry))
+
+
+def _is_fused(entry: Entry) -> bool:
+    """Whether a function was generated for what was timed."""
+    return any(entry.problem.get(name, "none") != "none" for name in ("epilogue", "prologue"))
+
+
+def _of_these_versions(entry: Entry) -> bool:
+    """Whether an entry was timed with the PyTorch and the Triton that are here."""
+    env = Environment.from_dict(entry.environment)
+    here = environment(env.device)
+    return (env.torch, env.triton) == (here.torch, here.triton)
+
+
+def _grown(operator: Operator, problem: Problem, entry: Entry) -> bool:
+    facts = Environment.from_dict(entry.environment).device
+    return bool(entry.space_hash) and space(operator, problem, facts).hash != entry.space_hash
 
 
 def _as_planned(

@@ -44,8 +44,9 @@ def renew(
     """
     out = setup(as_json=json_, cache_dir=cache_dir, quiet=quiet, verbose=verbose, no_color=no_color)
     looked: list[Renewal] = []
-    for path in bundles or ():
-        bundle = load_bundle_file(path)
+    skipped = 0
+    # All are read before one is written, and a link stays a link.
+    for path, bundle in [(p.resolve(), load_bundle_file(p)) for p in bundles or ()]:
         found = [look_again(entry) for entry in bundle.entries]
         if yes and any(row.changed for row in found):
             write(replace(bundle, entries=tuple(row.entry for row in found)), path)
@@ -54,8 +55,9 @@ def renew(
         store = Store()
         for stored in store.entries():
             row = look_again(stored.entry)
-            if yes and row.changed:
-                store.rewrite(stored.path, stored.entry, row.entry)
+            if yes and row.changed and not store.rewrite(stored.path, stored.entry, row.entry):
+                skipped += 1
+                row = Renewal(stored.entry)
             looked.append(row)
     renewed = Counter(name for row in looked for name in row.algorithms)
     stale = [row.entry for row in looked if row.stale]
@@ -70,6 +72,8 @@ def renew(
         "algorithms": dict(sorted(renewed.items())),
         "plans_noted": sum(row.noted for row in looked),
         "stale": len(stale),
+        "other_space": sum(row.other_space for row in looked),
+        "changed_meanwhile": skipped,
         "written": yes,
     }
     out.result(
@@ -77,5 +81,12 @@ def renew(
         f"{payload['renewed']} of {len(looked)} entries renewed, {payload['plans_noted']} plans "
         f"noted, {len(stale)} stale",
     )
+    if payload["other_space"]:
+        out.say(
+            f"{payload['other_space']} of them were searched in another space: "
+            "`autotune tune` times what is new there"
+        )
+    if skipped:
+        out.say(f"{skipped} were changed by another process meanwhile and left alone")
     if not yes and any(row.changed for row in looked):
         out.say("nothing was written; --yes does")

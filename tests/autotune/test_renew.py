@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import triton
+import triton.language as tl
 from autotune_entries import ENV
 from typer.testing import CliRunner
 
@@ -17,12 +20,15 @@ from tritonconv.autotune.cli import app
 from tritonconv.autotune.renew import plan_digest, renew, trial_plan
 from tritonconv.autotune.replay import ReplayLab
 from tritonconv.autotune.search import Effort
+from tritonconv.autotune.space import space
 from tritonconv.autotune.store import Store
 from tritonconv.autotune.tune import Options, tune
 from tritonconv.runtime import operators, tables
 from tritonconv.runtime.device import nominal_device
 from tritonconv.runtime.entries import Entry, Timing, Trial, load_bundle
+from tritonconv.runtime.environment import Environment
 from tritonconv.runtime.operators import get_operator
+from tritonconv.runtime.plan import KernelCall, LaunchPlan, Slot, Workspace
 
 OPERATOR = get_operator("conv2d.forward")
 FIELDS = {"N": 8, "C": 64, "M": 64, "H": 56, "K": 1, "dtype": "bfloat16"}
@@ -74,6 +80,63 @@ def test_digests_tell_every_config_apart_and_nothing_else() -> None:
     assert digests[0] != plan_digest(dense.plan(wider, configs[0]))
 
 
+@triton.jit
+def _helper(x):
+    return x + 1
+
+
+@triton.jit
+def _other_helper(x):
+    return x - 1
+
+
+@triton.jit
+def _kernel(ptr, n, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    tl.store(ptr, FUNCTION(n) * BLOCK)
+
+
+@triton.jit
+def _other_kernel(ptr, n, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
+    tl.store(ptr, FUNCTION(n) / BLOCK)
+
+
+CALL = KernelCall(_kernel, (2, 1, 1), (Slot("y"), 3), {"FUNCTION": _helper, "BLOCK": 8}, 4, 3)
+SPACE = Workspace("parts", (4, 2), torch.float32)
+PLAN = LaunchPlan((CALL,), {"y": torch.float16}, (SPACE,), ())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(PLAN, calls=(replace(CALL, **change),))
+        for change in (
+            {"kernel": _other_kernel},
+            {"grid": (1, 2, 1)},
+            {"args": (Slot("y"), 4)},
+            {"args": (Slot("parts"), 3)},
+            {"constexprs": {"FUNCTION": _other_helper, "BLOCK": 8}},
+            {"constexprs": {"FUNCTION": _helper, "BLOCK": 16}},
+            {"num_warps": 8},
+            {"num_stages": 2},
+        )
+    ]
+    + [replace(PLAN, calls=(CALL, CALL)), replace(PLAN, dtypes={"y": torch.bfloat16})]
+    + [replace(PLAN, workspaces=()), replace(PLAN, zeroed=("y",))]
+    + [
+        replace(PLAN, workspaces=(replace(SPACE, **change),))
+        for change in (
+            {"name": "sums"},
+            {"shape": (2, 4)},
+            {"dtype": torch.float64},
+            {"counters": True},
+        )
+    ],
+)
+def test_digests_tell_all_that_is_launched(other: LaunchPlan) -> None:
+    same = replace(PLAN, calls=(replace(CALL, constexprs=dict(CALL.constexprs)),))
+    assert plan_digest(PLAN) == plan_digest(same) != plan_digest(other)
+
+
 def test_digests_know_what_is_fused() -> None:
     dense = OPERATOR.algorithm("dense")
     problems = [PROBLEM] + [
@@ -112,6 +175,36 @@ def test_plans_are_noted_only_where_the_source_is_the_one_that_was_timed() -> No
     looked = renew(entry(*bare, changed=OLD))
     assert looked.noted == 1 and looked.stale
     assert [bool(t.plan) for t in looked.entry.trials] == [False, False, True]
+
+
+def test_trials_that_failed_are_tried_again() -> None:
+    failed = Trial("pointwise", trial("pointwise", 2, 1.0).config, "numeric", "wrong")
+    other = replace(failed, algorithm="dense", config=trial("dense", 1, 1.0).config)
+    done = {"recorded": {"completed": "all", "spaces": {}}}
+    looked = renew(replace(entry(*BOTH, failed, other, changed=OLD), **done))
+    assert looked.algorithms == ("pointwise",) and looked.entry.trials == (*BOTH, other)
+    assert looked.entry.recorded == {"spaces": {}}
+    assert (
+        renew(replace(entry(*BOTH, other, changed=OLD), **done)).entry.recorded == done["recorded"]
+    )
+
+
+def test_another_space_is_told() -> None:
+    assert not renew(entry(*BOTH, changed=OLD)).other_space  # it does not say which was searched
+    facts = Environment.from_dict(ENV.as_dict()).device
+    for hash_, other in ((space(OPERATOR, PROBLEM, facts).hash, False), ("of a smaller", True)):
+        looked = renew(replace(entry(*BOTH, changed=OLD), space_hash=hash_))
+        assert looked.other_space == other and looked.entry.space_hash == hash_
+        assert not renew(replace(entry(*BOTH), space_hash=hash_)).other_space
+
+
+def test_generated_functions_are_noted_only_by_the_versions_that_were_timed() -> None:
+    fields = dict(OPERATOR.parse({**FIELDS, "epilogue": "fused"}).fields())
+    bare = entry(*(replace(t, plan="") for t in BOTH))
+    older = replace(ENV, triton="3.5.0").as_dict()
+    assert renew(replace(bare, problem=fields)).noted == 3
+    assert renew(replace(bare, problem=fields, environment=older)).noted == 0
+    assert renew(replace(bare, environment=older)).noted == 3
 
 
 def test_a_change_of_a_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +251,29 @@ def test_the_verb_renews_bundles_and_tables(
     assert invoke(cache, "--yes")["renewed"] == 1
     assert tables.read_entry(place).sources["pointwise"] == entry(*BOTH).sources["pointwise"]
     assert invoke(cache, "--yes")["renewed"] == 0
+
+
+def test_nothing_is_written_where_a_bundle_cannot_be_read(cache: Path, tmp_path: Path) -> None:
+    good, bad, link = (tmp_path / name for name in ("good.json", "bad.json", "link.json"))
+    write(Bundle(ENV.as_dict(), (entry(*BOTH, changed=OLD),)), good)
+    bad.write_text("{")
+    before = good.read_text()
+    asked = ["renew", str(good), str(bad), "--yes", "--cache-dir", str(cache)]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 2 and good.read_text() == before
+    link.symlink_to(good)
+    assert invoke(cache, link, "--yes")["renewed"] == 1
+    assert link.is_symlink() and good.read_text() != before
+
+
+def test_an_entry_that_changed_meanwhile_is_told(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store(cache / "tuned").save(ENV, entry(*(replace(t, plan="") for t in BOTH)))
+    assert invoke(cache)["plans_noted"] == 3
+    monkeypatch.setattr(Store, "rewrite", lambda self, path, old, new: False)
+    told = invoke(cache, "--yes")
+    assert (told["changed_meanwhile"], told["plans_noted"]) == (1, 0)
 
 
 def test_a_changed_file_is_not_overwritten(cache: Path) -> None:
