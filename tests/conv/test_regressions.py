@@ -85,6 +85,18 @@ def test_a_rebound_global_number(device: torch.device) -> None:
 
 @BOTH
 @pytest.mark.usefixtures("server")
+def test_globals_that_are_none_keep_their_place(device: torch.device) -> None:
+    x, w, y = operands(device)
+    scope: dict[str, Any] = {}
+    text = "lambda y: (y * 2 if a is None else y * a) + (100 if b is None else b)"
+    for a, b in ((None, 2), (2, None), (None, None), (3, 3), (None, 2)):
+        scope.update(a=a, b=b)
+        epilogue = evaluated(text, scope)
+        torch.testing.assert_close(tc.conv2d(x, w, epilogue=epilogue), epilogue(y))
+
+
+@BOTH
+@pytest.mark.usefixtures("server")
 def test_zeros_of_two_signs(device: torch.device) -> None:
     x, w, _ = operands(device)
     scope: dict[str, Any] = {"torch": torch}

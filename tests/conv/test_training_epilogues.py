@@ -172,6 +172,57 @@ def test_an_accumulator_is_saved_where_it_is_read(epilogue: str, device: torch.d
         assert (acc is not None) == (epilogue == "relu")
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("case", ["1x1", "row", "one pixel"])
+def test_gradients_that_pass_through_share_no_memory(
+    case: str, prepared: bool, device: torch.device
+) -> None:
+    """Autograd adds later gradients into what it is given, if nobody else seems to hold it."""
+    ours, x, w, bias, kwargs = operands(case, device)
+    y = ours(x, w, bias, **kwargs)
+    shapes = [y.shape, *([y.shape[1:]] if y.shape[0] == 1 else [])]
+    for shape in shapes:
+        leaves = [leaf(shape, device), leaf(shape, device)]
+
+        def call(*tensors: Tensor) -> Tensor:
+            result: Tensor = ours(
+                x,
+                w,
+                bias,
+                epilogue=lambda y, p, q: y + p + q,
+                epilogue_args=tensors,
+                precision="ieee",
+                **kwargs,
+            )
+            return result
+
+        given = torch.ones_like(y)
+        bias.grad = None
+        for _ in range(3):
+            result = call(*leaves) if prepared else by_operators(call, *leaves)
+            assert is_prepared(result) == prepared
+            result.backward(given)
+        assert torch.equal(given, torch.ones_like(y))
+        for t in leaves:
+            assert t.grad is not None
+            assert torch.equal(t.grad, torch.full_like(t, 3.0))
+        assert torch.equal(bias.grad, torch.full_like(bias, 3.0 * y.numel() / bias.numel()))
+
+
+def test_sums_of_what_passes_through_are_in_the_operands_precision(device: torch.device) -> None:
+    shapes = (2, 4, 32, 32), (6, 4, 1, 1)
+    x, w = (leaf(s, device).detach().bfloat16().requires_grad_() for s in shapes)
+    shift = leaf((6, 1, 1), device)
+    cotangent = torch.randn(2, 6, 32, 32, device=device).bfloat16()
+    wanted = cotangent.double().sum((0, 2, 3)).reshape(6, 1, 1)
+    for prepared in (True, False):
+        args = x, w, None
+        more: Any = {"epilogue": lambda y, r: y + r, "epilogue_args": (shift,)}
+        y = tc.conv2d(*args, **more) if prepared else by_operators(tc.conv2d, *args, **more)
+        (found,) = torch.autograd.grad(y, shift, cotangent)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
 @BOTH_CHOICES
 @pytest.mark.parametrize("prepared", [True, False])
 def test_operands_that_no_gradient_reads_are_not_kept(prepared: bool, device: torch.device) -> None:

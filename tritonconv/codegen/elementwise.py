@@ -81,7 +81,6 @@ def _elementwise(
 ) -> list[Tensor]:
     program = program_of(function)
     dtypes = [_DTYPES[code] for code in codes]
-    rank = len(shape)
     space = tuple(shape)
     device = elements[0].device if elements else captures[0].device
     if math.prod(space) == 0:
@@ -92,7 +91,7 @@ def _elementwise(
     views = [t.expand(space) for t in elements]
     if not uses_triton(device):
         return _with_torch(program, space, views, captures, reduce, dtypes, channels_last)
-    reduced = summed_in_kernel(reduce, rank)
+    reduced = summed_in_kernel(reduce, space)
     outputs = [
         None if summed else allocate(space, info.dtype if mask else dtype, channels_last, device)
         for summed, mask, dtype, info in zip(reduced, reduce, dtypes, program.outputs, strict=True)
@@ -101,13 +100,37 @@ def _elementwise(
     return finish_sums(results, space, reduce, reduced, dtypes)
 
 
-def summed_in_kernel(reduce: Sequence[int], rank: int) -> tuple[bool, ...]:
+def summed_in_kernel(reduce: Sequence[int], space: Sequence[int]) -> tuple[bool, ...]:
     """A sum over all axes but the channel, or over all, ends in the kernel's partial sums.
 
-    Any other subset of axes is summed by PyTorch from the elementwise result.
+    Axes of one element make no difference. Any other subset of axes is summed by PyTorch from the
+    elementwise result.
     """
-    to_channel = _full_mask(rank) & ~(1 << CHANNEL)
-    return tuple([mask in (to_channel, _full_mask(rank)) for mask in reduce])
+    full = _full_mask(len(space))
+    return tuple(
+        [mask != 0 and _with_ones(mask, space) in (full, full & ~(1 << CHANNEL)) for mask in reduce]
+    )
+
+
+def _with_ones(mask: int, space: Sequence[int]) -> int:
+    """The axes that are summed over, and those of one element."""
+    for axis, size in enumerate(space):
+        if size == 1:
+            mask |= 1 << axis
+    return mask
+
+
+def unshared(
+    results: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Copies of results that are one of the gradients themselves, where nothing is recorded.
+
+    Autograd adds into tensors that nobody else seems to hold, and a view hides who does.
+    """
+    if torch.is_grad_enabled():
+        return tuple(results)
+    given = {id(grad) for grad in grads if grad is not None}
+    return tuple([t.clone() if t is not None and id(t) in given else t for t in results])
 
 
 def finish_sums(
@@ -122,7 +145,8 @@ def finish_sums(
     finished = []
     for result, summed, mask, dtype in zip(results, reduced, reduce, dtypes, strict=True):
         if summed:
-            total = result.sum() if mask == _full_mask(rank) else result.sum(0)
+            whole = _with_ones(mask, space) == _full_mask(rank)
+            total = result.sum() if whole else result.sum(0)
             result = total.reshape(_reduced_shape(space, mask))
         elif mask:
             result = result.sum(dims_of(mask, rank), keepdim=True)
@@ -228,7 +252,7 @@ class _Elementwise(library.OpFunction):
             ctx.needs_input_grad[6:],
             ctx.channels_last,
         )
-        return (None,) * 6 + results
+        return (None,) * 6 + unshared(results, grads)
 
 
 def _elementwise_autograd(
@@ -384,7 +408,8 @@ def pull_back(
         value = next(stream)
         if name in position:
             index = position[name]
-            results[index] = value.reshape(elements[index].shape)
+            shape = elements[index].shape
+            results[index] = value if value.shape == shape else value.reshape(shape)
             continue
         load = program.loads[int(name.split(":")[1])]
         target = captures[load.capture]
@@ -464,9 +489,10 @@ def _evaluate_derivative(
         results = []
         for name, mask, dtype in zip(direct, reduce, dtypes, strict=True):
             value = elements[operands.index(name)]  # type: ignore[arg-type]
-            value = value.expand(space)
+            if value.shape != space:
+                value = value.expand(space)
             if mask:
-                value = value.sum(dims_of(mask, len(space)), keepdim=True)
+                value = value.sum(dims_of(mask, len(space)), keepdim=True, dtype=dtype)
             results.append(value.to(dtype))
         return results
     return list(
@@ -513,4 +539,5 @@ __all__ = [
     "passed_through",
     "pull_back",
     "summed_in_kernel",
+    "unshared",
 ]

@@ -41,7 +41,8 @@ def prepared_pull_back(
 
     Returns:
         A function of the elements and the gradient that gives one gradient per element. It reads
-        by pointer what the kernel needs, so that axes of size one make no difference to it. None
+        by pointer what the kernel needs, so that axes of size one make no difference to it. What
+        passes through unchanged is the gradient itself. None
         where PyTorch computes.
     """
     if not uses_triton(grad.device) or program.captures or len(program.outputs) != 1:
@@ -75,12 +76,13 @@ def prepared_pull_back(
 
         def passed(*tensors: Tensor) -> tuple[Tensor | None, ...]:
             grad = tensors[-1]
-            sums = [grad.sum(some, keepdim=True) if some else grad for some in dims]
-            pairs = zip(sums, dtypes, strict=True)
-            return spread([s if s.dtype is dtype else s.to(dtype) for s, dtype in pairs])
+            pairs = zip(dims, dtypes, strict=True)
+            return spread(
+                [grad.sum(d, keepdim=True, dtype=t) if d else grad.to(t) for d, t in pairs]
+            )
 
         return passed
-    reduced = summed_in_kernel(reduce, len(space))
+    reduced = summed_in_kernel(reduce, space)
     samples = [
         None if summed else allocate(space, info.dtype if mask else dtype, channels_last, device)
         for summed, mask, dtype, info in zip(

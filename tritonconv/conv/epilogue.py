@@ -75,6 +75,7 @@ def _signature_coordinates(fn: Callable[..., Any], rank: int) -> tuple[str, ...]
 
 _GLOBAL_NAMES: dict[types.CodeType, tuple[str, ...] | None] = {}
 _SETTINGS = (bool, int, float, str, type(None))
+_BUILT_IN = "a built-in name"
 
 
 def static_identity(fn: Callable[..., Any]) -> Any:
@@ -104,10 +105,8 @@ def static_identity(fn: Callable[..., Any]) -> Any:
         return None
     identity: list[Any] = [code]
     for name in names:
-        value = scope.get(name)
-        if value is None:  # a built-in name
-            continue
-        if type(value) in (bool, int, float):
+        value = scope.get(name, _BUILT_IN)
+        if value is None or value is _BUILT_IN or type(value) in (bool, int, float):
             # 1 and 1.0 are equal, and compute in different dtypes; so are 0.0 and -0.0.
             identity += (type(value), str(value))
             continue

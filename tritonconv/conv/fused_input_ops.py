@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..codegen import Argument, Role, trace
-from ..codegen.elementwise import ELEMENTWISE, apply, dtype_codes, pull_back
+from ..codegen.elementwise import ELEMENTWISE, apply, dtype_codes, pull_back, unshared
 from ..codegen.program import Program, ScalarFunction
 from ..codegen.registry import program_of, register_program
 from ..runtime import library, tables
@@ -303,6 +303,7 @@ class _Fused(library.OpFunction):
                 [need_product, *(n for part in need_rest for n in part)],
                 ctx.channels_last,
             )
+            rest = list(unshared(rest, (grad,)))
         if through is None:
             through = grad_acc
         elif grad_acc is not None:

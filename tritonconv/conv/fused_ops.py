@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..codegen.elementwise import pull_back
+from ..codegen.elementwise import pull_back, unshared
 from ..codegen.ir import Role
 from ..codegen.program import Program, ScalarFunction
 from ..codegen.registry import program_of
@@ -273,6 +273,7 @@ class _Epilogue(library.OpFunction):
                 ctx.channels_last,
             )
         through, *rest = results
+        rest = list(unshared(rest, (grad,)))
         if through is not None and grad_acc is not None:
             through = through + grad_acc
         elif through is None:

@@ -82,6 +82,7 @@ class FusedProducts:
             operands: of the epilogue, as a call gives them.
             needed: for the accumulator and every operand, whether its gradient is wanted.
         """
+        given = grad
         if self.squeezed:
             grad = grad.unsqueeze(2)
         # Where the derivative does not read the accumulator any tensor stands in for it.
@@ -105,7 +106,17 @@ class FusedProducts:
                 self._program, grad.shape, elements, (), [grad], needed, self._channels_last
             )
         pairs = zip(rest, operands, strict=True)
-        return [first_grad, *[g if g is None else g.reshape(t.shape) for g, t in pairs]]
+        results: list[Tensor | None] = [first_grad]
+        for value, operand in pairs:
+            if value is grad and given.shape == operand.shape:
+                value = given
+            elif value is grad and not torch.is_grad_enabled():
+                # A view would hide from autograd, which adds in place, that the memory is shared.
+                value = value.reshape(operand.shape).clone()
+            elif value is not None and value.shape != operand.shape:
+                value = value.reshape(operand.shape)
+            results.append(value)
+        return results
 
     def _lifted(self, operands: Sequence[Tensor]) -> list[Tensor]:
         pairs = zip(operands, self._shapes, strict=True)
