@@ -147,6 +147,12 @@ def tune(
         raise bad_value("tune", "one of --shapes, --model, --missed", ", ".join(named) or "none")
     if precision and not shapes:
         raise bad_value("--precision", "with --shapes", "without")
+    if missing and missed:
+        raise bad_value(
+            "--missing", "--shapes or --model", "--missed, which names untuned problems"
+        )
+    if missing and under_torchrun():
+        raise bad_value("--missing", "one process", "torchrun, whose ranks may have other tables")
     if not dry_run:
         require_gpu()
     if shapes:
@@ -162,10 +168,6 @@ def tune(
     else:
         pairs = _missed_pairs(operators, facts_or_nominal(target)[0])
     pairs = unique_pairs(pairs)
-    if missing and missed:
-        raise bad_value("--missing", "shapes or a model", "--missed, which names untuned problems")
-    if missing and under_torchrun():
-        raise bad_value("--missing", "one process", "torchrun, whose ranks may have other tables")
     if missing:
         asked, pairs = len(pairs), untuned(pairs, facts_or_nominal(target)[0])
         out.say(f"{asked - len(pairs)} of {asked} problems are tuned already")

@@ -112,6 +112,18 @@ def test_a_dry_run_needs_no_gpu_and_says_what_is_left_out(cache: Path, scale: Sc
     assert "size is not a multiple" in text
 
 
+def test_missing_is_refused_where_it_would_mislead(
+    cache: Path, scale: Scale, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a model is run or a table is read."""
+    told = invoke(cache, "tune", "--missed", "--missing", code=2)
+    assert "--missing: expected" in told.stderr and "--missed" in told.stderr
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = invoke(cache, "tune", scale.name, "--shapes", "size=64", "--missing", code=2)
+    assert "--missing: expected one process" in told.stderr
+
+
 @no_gpu
 def test_missing_leaves_out_what_is_tuned(cache: Path, scale: Scale) -> None:
     words = ("tune", scale.name, "--shapes", "size=64", "--shapes", "size=9", "--missing")

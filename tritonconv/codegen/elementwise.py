@@ -20,7 +20,7 @@ from torch import fx
 from ..runtime import library
 from ..runtime.backend import uses_triton
 from .ir import Role
-from .map_kernel import CHANNEL, coordinate_names, run_kernel
+from .map_kernel import CHANNEL, bind_kernel, coordinate_names
 from .program import Program, ScalarFunction
 from .registry import program_of, register_program
 
@@ -96,7 +96,8 @@ def _elementwise(
         None if summed else allocate(space, info.dtype if mask else dtype, channels_last, device)
         for summed, mask, dtype, info in zip(reduced, reduce, dtypes, program.outputs, strict=True)
     ]
-    results = run_kernel(function, space, views, captures, outputs, reduced)
+    bound = bind_kernel(function, space, views, captures, outputs, reduced)
+    results = bound(outputs, *views, *captures)
     return finish_sums(results, space, reduce, reduced, dtypes)
 
 
@@ -333,7 +334,8 @@ def apply_into(
     key = register_program(program)
     if output.numel():
         views = [t.expand(output.shape) for t in elements]
-        run_kernel(key, tuple(output.shape), views, list(captures), [output], (False,))
+        bound = bind_kernel(key, tuple(output.shape), views, captures, [output], (False,))
+        bound([output], *views, *captures)
 
 
 def pull_back(

@@ -167,19 +167,6 @@ def bind_kernel(
     return found
 
 
-def run_kernel(
-    key: str,
-    shape: tuple[int, ...],
-    elements: Sequence[Tensor],
-    captures: Sequence[Tensor],
-    outputs: Sequence[Tensor | None],
-    reduced: tuple[bool, ...],
-) -> list[Tensor]:
-    """Bind and launch: arguments of :func:`bind_kernel`, results of :class:`BoundMap`."""
-    bound = bind_kernel(key, shape, elements, captures, outputs, reduced)
-    return bound(outputs, *elements, *captures)
-
-
 def _build(
     key: str,
     shape: tuple[int, ...],

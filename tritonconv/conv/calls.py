@@ -356,6 +356,7 @@ def _call_key(
             return None
         extra = (extra, *[(t.shape, t.stride(), t.dtype, t.device) for t in epilogue_args])
         gradients = gradients or any(t.requires_grad for t in epilogue_args)
+    recorded = gradients and torch.is_grad_enabled()
     key: tuple[Any, ...] = (
         rank,
         x.shape,
@@ -373,10 +374,10 @@ def _call_key(
         groups,
         function,
         precision,
-        gradients and torch.is_grad_enabled(),
+        recorded,
         extra,
     )
-    if epilogue is not None and key[-2]:
+    if epilogue is not None and recorded:
         # Which operands want a gradient decides whether the accumulator is saved.
         pattern = [t.requires_grad for t in (x, w, *epilogue_args)]
         key = (*key, bias is not None and bias.requires_grad, *pattern)
